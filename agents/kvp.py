@@ -1,0 +1,75 @@
+"""KVP: a Plackett-Luce ranking agent per head, trained with REINFORCE.
+
+Moschella, Manduchi, Sener: Learning to Evict from Key-Value Cache, ICML 2026 (arXiv 2602.10238).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from kvenv.learning.fit import Optimisation, fit
+from kvenv.learning.plackett_luce import Credit, policy_gradient
+from kvenv.learning.run import Run
+from kvenv.scorers.base import Head
+from kvenv.scorers.bundle import NetworkScorer
+from kvenv.scorers.network import Architecture, Feature
+from kvenv.trace import TraceSet
+
+
+@dataclass
+class KVP:
+    """Learn to rank tokens by their future attention, from keys and values alone.
+
+    Args:
+        steps: optimiser steps.
+        samples: rankings drawn for each head and step (K of the leave-one-out baseline).
+        credit: reward_to_go credits the choice at rank j with the budgets b >= j; plain credits
+            every choice with the whole reward.
+        lr: AdamW's learning rate, falling to zero along a cosine.
+        weight_decay: AdamW's weight decay.
+        batch: episodes a step.
+        hidden: widths of the hidden layers.
+        features: what of a token the agent sees.
+        seed: of initial weights, episode order and sampled rankings.
+    """
+
+    steps: int = 700
+    samples: int = 6
+    credit: Credit = "reward_to_go"
+    lr: float = 2e-3
+    weight_decay: float = 1e-2
+    batch: int = 1
+    hidden: list[int] = field(default_factory=lambda: [128, 128])
+    features: list[Feature] = field(default_factory=lambda: ["key", "value"])
+    seed: int = 0
+
+    trains = True
+
+    def fit(
+        self,
+        traces: Sequence[TraceSet],
+        heads: Sequence[Head] | None = None,
+        run: Run | None = None,
+    ) -> NetworkScorer:
+        """Train one agent per head; see `kvenv.learning.fit.fit`."""
+
+        def gradient(
+            scores: torch.Tensor, utility: torch.Tensor, noise: torch.Generator
+        ) -> torch.Tensor:
+            return policy_gradient(scores, utility, self.samples, self.credit, noise)
+
+        return fit(
+            agent="kvp",
+            objective=gradient,
+            traces=traces,
+            heads=heads,
+            architecture=Architecture(tuple(self.features), tuple(self.hidden)),
+            optimisation=Optimisation(
+                self.steps, self.lr, self.weight_decay, self.batch, self.seed
+            ),
+            options=asdict(self),
+            run=run,
+        )

@@ -1,0 +1,7 @@
+"""Scorers at work: a transformers cache that holds a fixed number of tokens per head."""
+
+from __future__ import annotations
+
+from kvenv.cache.eviction import EvictionCache
+
+__all__ = ["EvictionCache"]

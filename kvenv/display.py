@@ -1,0 +1,80 @@
+"""What a terminal shows: progress bars and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from kvenv.trace import TraceSet, summary
+
+console = Console()
+
+RESULT_COLUMNS = {
+    "closure": "closure",
+    "reward": "all budgets",
+    "retention@1/16": "1/16",
+    "retention@1/8": "1/8",
+    "retention@1/4": "1/4",
+    "retention@1/2": "1/2",
+}
+"""Metric -> heading of a results table."""
+
+
+def progress_bar(unit: str, shown: bool = True) -> Progress:
+    """A bar with count, elapsed time, time left and a free text field, ``note``.
+
+    Args:
+        unit: what is counted, e.g. "episodes".
+        shown: False draws nothing.
+    """
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        disable=not shown,
+    )
+
+
+def print_summary(traces: TraceSet) -> None:
+    """What a trace set holds, as a table."""
+    table = Table(title=str(traces.path), show_header=False, title_justify="left")
+    for key, value in summary(traces).items():
+        table.add_row(key, f"{value:,}" if isinstance(value, int) else str(value))
+    console.print(table)
+
+
+def print_results(result: Mapping[str, Any]) -> None:
+    """An evaluation as two tables, agents by budgets: over all tokens, and sink-free."""
+    counted = f"{result['documents']} documents, {len(result['heads'])} heads"
+    titles = {
+        "full": f"retention: mean ± half the 95 % interval over {counted}",
+        "sink_free": "sink-free: the same with the first 4 tokens left out",
+    }
+    agents = result["agents"]
+    for kind, title in titles.items():
+        table = Table(title=title)
+        table.add_column("agent")
+        for heading in RESULT_COLUMNS.values():
+            table.add_column(heading, justify="right")
+        for name in sorted(agents, key=lambda agent: -agents[agent][kind]["closure"]["mean"]):
+            figures = [agents[name][kind][metric] for metric in RESULT_COLUMNS]
+            cells = [f"{f['mean']:.3f} ±{(f['high'] - f['low']) / 2:.3f}" for f in figures]
+            table.add_row(name, *cells)
+        console.print(table)

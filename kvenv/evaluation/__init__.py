@@ -1,0 +1,1 @@
+"""How good a ranking, a bounded cache or a decoded answer is."""

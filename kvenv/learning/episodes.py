@@ -1,0 +1,117 @@
+"""Recorded episodes as batches over heads: what a learner and the evaluation read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kvenv.errors import KvenvError
+from kvenv.scorers.base import Head
+from kvenv.trace import TraceSet
+
+Index = tuple[int, int]
+"""(trace set, episode within it)."""
+
+
+@dataclass(frozen=True)
+class HeadBatch:
+    """One episode's prompt for H heads at once.
+
+    Attributes:
+        keys, values: (H, n, d) float32.
+        positions: (H, n) int64.
+        utility: (H, n) float32.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    positions: torch.Tensor
+    utility: torch.Tensor
+
+
+def read_heads(traces: TraceSet, index: int, heads: Sequence[Head]) -> HeadBatch:
+    """Read the prompt of one episode for some heads; only their bytes are read."""
+    n, d = traces.info(index).n, traces.model.head_dim
+    keys, values = (np.empty((len(heads), n, d), np.float32) for _ in range(2))
+    utility = np.empty((len(heads), n), np.float32)
+    by_layer: dict[int, list[int]] = {}
+    for row, (layer, _) in enumerate(heads):
+        by_layer.setdefault(layer, []).append(row)
+    for layer, rows in by_layer.items():
+        picked = [heads[row][1] for row in rows]
+        keys[rows] = traces.read(index, "keys", layer)[picked, :n]
+        values[rows] = traces.read(index, "values", layer)[picked, :n]
+        utility[rows] = traces.read(index, "utility/sum", layer)[picked]
+    positions = torch.arange(n).expand(len(heads), n)
+    return HeadBatch(
+        torch.from_numpy(keys), torch.from_numpy(values), positions, torch.from_numpy(utility)
+    )
+
+
+def stream(
+    traces: Sequence[TraceSet], order: Iterable[Index], heads: Sequence[Head]
+) -> Iterator[HeadBatch]:
+    """Episodes in the given order, each read in the background while the last one is used."""
+    with ThreadPoolExecutor(1) as reader:
+        ahead = None
+        for where, index in order:
+            following = reader.submit(read_heads, traces[where], index, heads)
+            if ahead is not None:
+                yield ahead.result()
+            ahead = following
+        if ahead is not None:
+            yield ahead.result()
+
+
+def same_model(traces: Sequence[TraceSet]) -> None:
+    """Check that trace sets are of one model.
+
+    Raises:
+        KvenvError: if there are none, or naming two sets and their different models.
+    """
+    if not traces:
+        raise KvenvError("no trace sets given: name at least one with --traces")
+    first = traces[0]
+    for other in traces[1:]:
+        if other.model.fingerprint != first.model.fingerprint:
+            raise KvenvError(
+                f"trace sets are of different models: {first.path} of {first.model.id}, "
+                f"{other.path} of {other.model.id}; use sets of one model"
+            )
+
+
+def choose_heads(traces: Sequence[TraceSet], heads: Sequence[Head] | None) -> list[Head]:
+    """The heads recorded in every set, or those asked for.
+
+    Raises:
+        KvenvError: naming heads that are not recorded.
+    """
+    recorded = sorted(set.intersection(*(set(t.heads) for t in traces)))
+    if heads is None:
+        return recorded
+    if missing := sorted(set(heads) - set(recorded)):
+        raise KvenvError(
+            f"heads {missing} are not recorded in {', '.join(str(t.path) for t in traces)}: "
+            f"layers there are {sorted({layer for layer, _ in recorded})} with KV heads "
+            f"{sorted({head for _, head in recorded})}"
+        )
+    return sorted(set(heads))
+
+
+def split_documents(traces: Sequence[TraceSet], every: int = 10) -> tuple[list[Index], list[Index]]:
+    """Training and held-out episodes: every ``every``-th document is held out.
+
+    Episodes of one document are never on both sides. With fewer than two documents nothing is
+    held out.
+    """
+    documents: dict[str, list[Index]] = {}
+    for where, traces_ in enumerate(traces):
+        for index in range(len(traces_)):
+            documents.setdefault(traces_.info(index).document, []).append((where, index))
+    held = list(documents)[every // 2 :: every] or list(documents)[1:2]
+    train = [i for name, indices in documents.items() if name not in held for i in indices]
+    return train, [i for name in held for i in documents[name]]

@@ -1,0 +1,299 @@
+"""One training loop for all heads at once: read an episode, score it, follow the objective."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvenv import utility as ut
+from kvenv.display import progress_bar
+from kvenv.errors import KvenvError
+from kvenv.learning.episodes import (
+    HeadBatch,
+    Index,
+    choose_heads,
+    same_model,
+    split_documents,
+    stream,
+)
+from kvenv.learning.run import Run, load_checkpoint, save_checkpoint
+from kvenv.scorers.base import Head
+from kvenv.scorers.bundle import NetworkScorer
+from kvenv.scorers.network import Architecture, PerHeadMLP, features
+from kvenv.trace import TraceSet
+
+Objective = Callable[[torch.Tensor, torch.Tensor, torch.Generator], torch.Tensor]
+"""(scores (H, n), utility (H, n), noise) -> gradient of the loss in the scores, (H, n)."""
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """How the per-head networks are trained.
+
+    Attributes:
+        steps: optimiser steps.
+        lr: AdamW's learning rate, falling to zero along a cosine.
+        weight_decay: AdamW's.
+        batch: episodes a step.
+        seed: of the initial weights, the order of episodes and the objective's noise.
+    """
+
+    steps: int
+    lr: float
+    weight_decay: float
+    batch: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch"):
+            if getattr(self, name) < 1:
+                raise KvenvError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if not self.lr > 0:
+            raise KvenvError(f"lr is {self.lr}: it must be positive")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        return self.lr * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
+
+def fit(
+    agent: str,
+    objective: Objective,
+    traces: Sequence[TraceSet],
+    heads: Sequence[Head] | None,
+    architecture: Architecture,
+    optimisation: Optimisation,
+    options: Mapping[str, Any],
+    run: Run | None = None,
+) -> NetworkScorer:
+    """Train one network per head on recorded episodes.
+
+    Memory does not grow with the trace sets: episodes are read from disk as they are needed.
+    Every random number comes from (seed, step), so a run that was killed and resumed ends with
+    the weights of one that was not.
+
+    Args:
+        agent: the agent's name, for the bundle.
+        objective: the learning signal.
+        traces: training sets, all of one model.
+        heads: which heads; None means every recorded one.
+        architecture: of the networks.
+        optimisation: of the loop.
+        options: the agent's options, kept as provenance and checked on resuming.
+        run: checkpoints, logs, progress and held-out documents.
+
+    Raises:
+        KvenvError: on sets of different models, heads not recorded, or a checkpoint of another
+            run.
+    """
+    run = run or Run()
+    same_model([*traces, *run.validation])
+    chosen = choose_heads(traces, heads)
+    if run.validation:
+        choose_heads(run.validation, chosen)
+        episodes = [(w, i) for w, t in enumerate(traces) for i in range(len(t))]
+        held_sets, held = (
+            run.validation,
+            [(w, i) for w, t in enumerate(run.validation) for i in range(len(t))],
+        )
+    else:
+        held_sets = traces
+        episodes, held = split_documents(traces)
+
+    model = traces[0].model
+    network = PerHeadMLP(
+        chosen,
+        architecture.inputs(model.head_dim),
+        architecture.hidden,
+        torch.Generator().manual_seed(optimisation.seed),
+    )
+    optimiser = torch.optim.AdamW(network.parameters(), weight_decay=optimisation.weight_decay)
+    identity = {
+        "agent": agent,
+        "options": dict(options),
+        "heads": [list(head) for head in chosen],
+        "traces": [
+            asdict(shard) for t in [*traces, *run.validation] for shard in t.manifest.shards
+        ],
+        "model": model.fingerprint,
+    }
+    identity = json.loads(json.dumps(identity))  # as a checkpoint will give it back
+    start, spent = _resume(run, network, optimiser, identity)
+    if start == 0:
+        _standardise(network, stream(traces, episodes, chosen), architecture)
+
+    logger = _logger(run)
+    measured: dict[str, float] = {}
+    began = time.monotonic() - spent
+    steps, batch = optimisation.steps, optimisation.batch
+    data = stream(traces, _order(episodes, optimisation.seed, start * batch, steps * batch), chosen)
+    with progress_bar("steps", run.progress) as progress:
+        bar = progress.add_task(f"training {agent}", total=steps, completed=start, note="")
+        for step in range(start, steps):
+            for group in optimiser.param_groups:
+                group["lr"] = optimisation.rate(step)
+            optimiser.zero_grad(set_to_none=True)
+            noise = torch.Generator().manual_seed(optimisation.seed * 1_000_003 + step)
+            for _ in range(batch):
+                episode = next(data)
+                scores = network(_features(episode, architecture))
+                scores.backward(objective(scores.detach(), episode.utility, noise) / batch)
+            optimiser.step()
+            done = step + 1
+            if held and (done % run.evaluate_every == 0 or done == steps):
+                measured = evaluate(network, architecture, stream(held_sets, held, chosen))
+                closure, free = measured["closure"], measured["sink_free"]
+                note = f"held-out closure {closure:.3f} (sink-free {free:.3f})"
+                progress.update(bar, note=note)
+                if logger is not None:
+                    for name, value in measured.items():
+                        logger.record(f"held_out/{name}", value)
+                    logger.record("train/lr", optimisation.rate(step))
+                    logger.record("time/seconds", time.monotonic() - began)
+                    logger.dump(done)
+            progress.update(bar, completed=done)
+            if run.checkpoint is not None and done % run.checkpoint_every == 0 and done < steps:
+                _checkpoint(run, network, optimiser, identity, done, time.monotonic() - began)
+    if logger is not None:
+        logger.close()
+
+    training = {
+        "agent": agent,
+        "options": dict(options),
+        "seed": optimisation.seed,
+        "episodes": len(episodes),
+        "held_out_episodes": len(held),
+        "traces": [
+            {
+                "workload": t.manifest.workload,
+                "arguments": dict(t.manifest.arguments),
+                "seed": t.manifest.seed,
+            }
+            for t in traces
+        ],
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    return NetworkScorer(network, architecture, model, training, measured)
+
+
+def evaluate(
+    network: PerHeadMLP, architecture: Architecture, data: Iterator[HeadBatch]
+) -> dict[str, float]:
+    """Mean closure over episodes and heads, with and without the sinks."""
+    full, free = [], []
+    with torch.no_grad():
+        for episode in data:
+            scores = network(_features(episode, architecture))
+            full.append(ut.closure(episode.utility, scores).mean())
+            free.append(
+                ut.closure(ut.without_sinks(episode.utility), ut.without_sinks(scores)).mean()
+            )
+    return {
+        "closure": float(torch.stack(full).mean()),
+        "sink_free": float(torch.stack(free).mean()),
+    }
+
+
+def _features(episode: HeadBatch, architecture: Architecture) -> torch.Tensor:
+    return features(episode.keys, episode.values, episode.positions, architecture.features)
+
+
+def _standardise(
+    network: PerHeadMLP, data: Iterator[HeadBatch], architecture: Architecture
+) -> None:
+    """Set the networks' input mean and standard deviation from one pass over the episodes."""
+    count, total, square = 0, 0.0, 0.0
+    for episode in data:
+        x = _features(episode, architecture).double()
+        count += x.shape[1]
+        total = total + x.sum(1, keepdim=True)
+        square = square + x.square().sum(1, keepdim=True)
+    mean = torch.as_tensor(total) / count
+    variance = torch.as_tensor(square) / count - mean.square()
+    network.mean.copy_(mean)
+    # An input that never varies carries nothing; dividing by 1 leaves it at zero.
+    network.std.copy_(torch.where(variance > 1e-10, variance, 1.0).sqrt())
+
+
+def _order(episodes: Sequence[Index], seed: int, start: int, stop: int) -> Iterator[Index]:
+    """Positions start..stop-1 of an endless walk: every pass visits all episodes in a new order."""
+    order: np.ndarray = np.empty(0, int)
+    epoch = -1
+    for position in range(start, stop):
+        if position // len(episodes) != epoch:
+            epoch = position // len(episodes)
+            order = np.random.default_rng([seed, epoch]).permutation(len(episodes))
+        yield episodes[order[position % len(episodes)]]
+
+
+def _checkpoint(
+    run: Run,
+    network: PerHeadMLP,
+    optimiser: torch.optim.Optimizer,
+    identity: Mapping[str, Any],
+    step: int,
+    seconds: float,
+) -> None:
+    tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
+    for index, state in optimiser.state_dict()["state"].items():
+        tensors |= {
+            f"optimiser.{index}.{name}": torch.as_tensor(value) for name, value in state.items()
+        }
+    if run.checkpoint is not None:
+        save_checkpoint(run.checkpoint, tensors, {**identity, "step": step, "seconds": seconds})
+
+
+def _resume(
+    run: Run, network: PerHeadMLP, optimiser: torch.optim.Optimizer, identity: Mapping[str, Any]
+) -> tuple[int, float]:
+    """Load the checkpoint, if there is one to go on from: its step and seconds spent."""
+    found = load_checkpoint(run.checkpoint) if run.checkpoint is not None else None
+    if found is None:
+        return 0, 0.0
+    tensors, state = found
+    if not run.resume:
+        raise KvenvError(
+            f"{str(run.checkpoint)!r} holds a checkpoint of step {state['step']}: "
+            "add --resume to go on from it, or delete it to start again"
+        )
+    different = [name for name in identity if identity[name] != state.get(name)]
+    if different:
+        raise KvenvError(
+            f"the checkpoint in {str(run.checkpoint)!r} is of another run (its "
+            f"{' and '.join(different)} differ): give the same command as before, or delete it to "
+            "start again"
+        )
+    network.load_state_dict(
+        {
+            name.removeprefix("network."): t
+            for name, t in tensors.items()
+            if name.startswith("network.")
+        }
+    )
+    moments: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith("optimiser."):
+            _, index, name = key.split(".")
+            moments.setdefault(int(index), {})[name] = tensor
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
+    return int(state["step"]), float(state["seconds"])
+
+
+def _logger(run: Run) -> Any:
+    if run.tensorboard is None:
+        return None
+    from stable_baselines3.common.logger import configure
+
+    try:
+        return configure(str(run.tensorboard), ["tensorboard"])
+    except (AssertionError, ImportError) as error:
+        raise KvenvError(
+            "TensorBoard logs need the tensorboard package: pip install 'kvenv[tensorboard]'"
+        ) from error

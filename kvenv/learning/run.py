@@ -1,0 +1,90 @@
+"""What surrounds a training run: checkpoints, logs, progress, held-out documents."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from kvenv.errors import KvenvError
+from kvenv.trace import TraceSet
+
+STATE, TENSORS = "checkpoint.json", "tensors.safetensors"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a training run keeps its state and how it reports.
+
+    Attributes:
+        checkpoint: folder of the latest checkpoint; None keeps none.
+        checkpoint_every: steps between checkpoints.
+        resume: go on from the checkpoint.
+        validation: held-out trace sets; empty holds out a tenth of the training documents.
+        evaluate_every: steps between measurements of held-out closure.
+        tensorboard: folder for TensorBoard logs; None writes none.
+        progress: show a progress bar.
+    """
+
+    checkpoint: Path | None = None
+    checkpoint_every: int = 100
+    resume: bool = False
+    validation: Sequence[TraceSet] = ()
+    evaluate_every: int = 100
+    tensorboard: Path | None = None
+    progress: bool = False
+
+
+def save_checkpoint(
+    folder: Path, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]
+) -> None:
+    """Replace the checkpoint in a folder, whole or not at all.
+
+    Raises:
+        KvenvError: if it cannot be written; the previous checkpoint is still there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
+        try:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, scratch / TENSORS)
+            # The state names its tensors' file, so that the two never mix: one rename decides.
+            name = f"step-{state['step']:08d}.safetensors"
+            (scratch / TENSORS).rename(folder / name)
+            (scratch / STATE).write_text(json.dumps({**state, "tensors": name}), encoding="utf-8")
+            (scratch / STATE).replace(folder / STATE)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        for old in folder.glob("step-*.safetensors"):
+            if old.name != name:
+                old.unlink()
+    except (OSError, SafetensorError) as error:
+        raise KvenvError(
+            f"checkpoint in {str(folder)!r} could not be written ({error}): free some space and "
+            "run the same command with --resume"
+        ) from error
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    """The checkpoint in a folder, or None if there is none.
+
+    Raises:
+        KvenvError: if there is one that cannot be read.
+    """
+    if not (folder / STATE).is_file():
+        return None
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        return load_file(folder / state["tensors"]), state
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise KvenvError(
+            f"checkpoint in {str(folder)!r} is damaged ({error}): delete that folder, train again"
+        ) from error

@@ -1,0 +1,1 @@
+"""A model run, watched: workloads in, trace sets out."""

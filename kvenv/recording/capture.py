@@ -1,0 +1,205 @@
+"""A model's attention, watched: keys, values, queries and column sums without an S x S matrix.
+
+Attention is computed in blocks of queries. Each block's softmax is used three times while it is
+there: for the output, for the column sums that make the utility, and for the column maxima.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from kvenv.errors import KvenvError
+from kvenv.identity import full_attention_layers
+
+NAME = "kvenv_capture"
+BLOCK = 256
+"""Queries whose attention is held at once."""
+
+
+@dataclass
+class Capture:
+    """What one forward pass over prompt + future leaves behind, per recorded layer.
+
+    Attributes:
+        n: prompt tokens.
+        layers: recorded layers, in the model's own numbers.
+        query_from: the first position whose queries are kept.
+        keys, values: layer -> (H_kv, S, d) float16 on the CPU.
+        queries: layer -> (H_q, Q, d) float16 on the CPU.
+        utility_sum, utility_max, past_sum: layer -> (H_kv, n) float32 on the CPU.
+    """
+
+    n: int
+    layers: tuple[int, ...]
+    query_from: int
+    keys: dict[int, np.ndarray] = field(default_factory=dict)
+    values: dict[int, np.ndarray] = field(default_factory=dict)
+    queries: dict[int, np.ndarray] = field(default_factory=dict)
+    utility_sum: dict[int, np.ndarray] = field(default_factory=dict)
+    utility_max: dict[int, np.ndarray] = field(default_factory=dict)
+    past_sum: dict[int, np.ndarray] = field(default_factory=dict)
+
+    def stack(self, name: str) -> np.ndarray:
+        """One quantity for all recorded layers, (L, ...)."""
+        per_layer: dict[int, np.ndarray] = getattr(self, name)
+        return np.stack([per_layer[layer] for layer in self.layers])
+
+
+def blockwise_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    n: int,
+    scaling: float,
+    block: int = BLOCK,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Causal attention with grouped queries, and what each prompt token received.
+
+    With p[g, t, i] the softmax weight that query t of query head g gives token i:
+    past[i] = sum of p over g and t < n; utility_sum[i] and utility_max[i] are the sum and the
+    largest of p over g and t >= n.
+
+    Args:
+        query: (H_q, S, d); query heads of one KV head are adjacent.
+        key: (H_kv, S, d).
+        value: (H_kv, S, d).
+        n: prompt tokens; positions n..S-1 are the future.
+        scaling: factor on the logits.
+        block: queries held at once; memory is O(block * S) for each query head.
+
+    Returns:
+        output (H_q, S, d) in the input's dtype; past, utility_sum, utility_max (H_kv, n) float32.
+    """
+    heads, length, d = key.shape
+    group = query.shape[0] // heads
+    output = torch.empty_like(query)
+    past, total, largest = (torch.zeros(heads, n, device=key.device) for _ in range(3))
+    starts = sorted({*range(0, n, block), *range(n, length, block)})  # no block straddles n
+    hidden = torch.ones(block, block, dtype=torch.bool, device=key.device).triu_(1)
+    for start, end in zip(starts, [*starts[1:], length], strict=True):
+        rows = end - start
+        packed = query[:, start:end].reshape(heads, group * rows, d)
+        logits = torch.matmul(packed * scaling, key[:, :end].transpose(1, 2)).float()
+        square = logits.view(heads, group, rows, end)[..., start:]
+        square.masked_fill_(hidden[:rows, :rows], -torch.inf)
+        weights = torch.softmax(logits, dim=-1)
+        mixed = torch.matmul(weights.to(value.dtype), value[:, :end])
+        output[:, start:end] = mixed.view(heads * group, rows, d)
+        if start < n:
+            past[:, :end] += weights.sum(1)
+        else:
+            seen = weights[..., :n]
+            total += seen.sum(1)
+            torch.maximum(largest, seen.amax(1), out=largest)
+    return output, past, total, largest
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    kvenv_capture: Capture | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention function that transformers calls while `capture` is on."""
+    layer = int(getattr(module, "layer_idx", -1))
+    if kvenv_capture is None or layer not in kvenv_capture.layers:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+    if kwargs.get("softcap") is not None:
+        raise KvenvError(
+            f"layer {layer} soft-caps its attention logits, which recording does not support"
+        )
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    kept, n = kvenv_capture, kvenv_capture.n
+    output, past, total, largest = blockwise_attention(query[0], key[0], value[0], n, scale)
+    kept.keys[layer] = _float16(key[0], layer, "keys")
+    kept.values[layer] = _float16(value[0], layer, "values")
+    kept.queries[layer] = _float16(query[0, :, kept.query_from :], layer, "queries")
+    kept.past_sum[layer] = past.cpu().numpy()
+    kept.utility_sum[layer] = total.cpu().numpy()
+    kept.utility_max[layer] = largest.cpu().numpy()
+    return output.transpose(0, 1).unsqueeze(0).contiguous(), None
+
+
+def _float16(tensor: torch.Tensor, layer: int, what: str) -> np.ndarray:
+    half = tensor.to(torch.float16)
+    if not torch.isfinite(half).all():
+        head = int((~torch.isfinite(half)).any(-1).any(-1).nonzero()[0])
+        largest = float(tensor[head].abs().max())
+        raise KvenvError(
+            f"{what} of layer {layer} head {head} reach {largest:g}, beyond float16's 65504, and "
+            "cannot be recorded: leave that layer out with --layers"
+        )
+    return half.cpu().numpy()
+
+
+AttentionInterface.register(NAME, _attention)
+# Sliding-window layers are not captured and need their mask, made as for sdpa.
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+@contextmanager
+def attention_of(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Run the model with another of transformers' attention implementations for a while."""
+    before = model.config._attn_implementation or "sdpa"
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def capture(
+    model: PreTrainedModel,
+    tokens: torch.Tensor,
+    n: int,
+    *,
+    layers: tuple[int, ...] | None = None,
+    query_window: int | None = 64,
+    logits_to_keep: int = 1,
+) -> tuple[Capture, torch.Tensor]:
+    """Run the model once over an episode and keep what eviction needs to know.
+
+    Args:
+        model: a causal language model of transformers.
+        tokens: (S,) token ids: the prompt's n, then the future.
+        n: prompt tokens, 1 <= n < S.
+        layers: full-attention layers to record; None means all.
+        query_window: how many of the prompt's last queries to keep beside the future's; None
+            keeps every query.
+        logits_to_keep: for how many of the last positions logits are computed (0: all).
+
+    Returns:
+        The capture, and the logits (1, logits_to_keep or S, vocabulary).
+
+    Raises:
+        KvenvError: on a prompt or future of no tokens, or values beyond float16.
+    """
+    length = int(tokens.shape[0])
+    if not 1 <= n < length:
+        raise KvenvError(
+            f"an episode of {length} tokens cannot have {n} prompt tokens: need 1 <= n < S"
+        )
+    kept = Capture(
+        n=n,
+        layers=tuple(full_attention_layers(model.config)) if layers is None else layers,
+        query_from=0 if query_window is None else max(0, n - query_window),
+    )
+    with torch.inference_mode(), attention_of(model, NAME):
+        ids = tokens.to(model.device).unsqueeze(0)
+        result = model(ids, use_cache=False, logits_to_keep=logits_to_keep, kvenv_capture=kept)
+    return kept, result.logits

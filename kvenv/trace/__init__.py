@@ -1,0 +1,21 @@
+"""Traces: what a model's caches held and what attention they got, in HDF5."""
+
+from kvenv.trace.describe import summary
+from kvenv.trace.episode import FIELDS, EpisodeArrays, EpisodeInfo, HeadTrace
+from kvenv.trace.reader import TraceSet, packaged
+from kvenv.trace.schema import Manifest, ModelInfo, ShardInfo
+from kvenv.trace.writer import TraceWriter
+
+__all__ = [
+    "FIELDS",
+    "EpisodeArrays",
+    "EpisodeInfo",
+    "HeadTrace",
+    "Manifest",
+    "ModelInfo",
+    "ShardInfo",
+    "TraceSet",
+    "TraceWriter",
+    "packaged",
+    "summary",
+]

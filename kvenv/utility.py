@@ -1,0 +1,142 @@
+"""From future attention to reward: rankings, retention, reward and closure as pure functions.
+
+Every function takes numpy arrays or torch tensors and returns the kind it was given. The work is
+done once, by torch in float64 with sequential sums, so that an environment (numpy), a vector
+environment and a learner (torch) get the same bits from the same numbers.
+
+Words: ``n`` prompt tokens; ``utility`` A (..., n) >= 0 is the attention each receives from the
+future; ``scores`` (..., n), higher = keep. Leading dimensions broadcast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar, cast
+
+import numpy as np
+import torch
+
+from kvenv.errors import KvenvError
+
+Array = TypeVar("Array", np.ndarray, torch.Tensor)
+
+SINKS = 4
+"""Tokens left out by the *sink-free* variants: attention sinks hold most of the mass."""
+
+FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
+"""Budgets, as fractions of the prompt, at which results are reported."""
+
+
+def _torch(array: np.ndarray | torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(array) if isinstance(array, np.ndarray) else array
+
+
+def _like(tensor: torch.Tensor, template: Array) -> Array:
+    return cast("Array", tensor.numpy() if isinstance(template, np.ndarray) else tensor)
+
+
+def ranking(scores: Array) -> Array:
+    """Token indices from most to least worth keeping, (..., n) int64.
+
+    Ties keep the earlier token first.
+    """
+    return _like(torch.argsort(_torch(scores), dim=-1, descending=True, stable=True), scores)
+
+
+def retention_of(utility: Array, order: Array) -> Array:
+    """Retention r(b) of rankings for every budget b = 1..n.
+
+    Args:
+        utility: A, (..., n), non-negative.
+        order: rankings, (..., n) int64: permutations of 0..n-1.
+
+    Returns:
+        (..., n) float64; entry b-1 is the share of A held by the first b tokens of the ranking.
+        A head with no utility at all has retention b/n, what chance would give.
+    """
+    mass, index = torch.broadcast_tensors(_torch(utility).double(), _torch(order))
+    curve = mass.gather(-1, index).cumsum(-1)
+    total, n = curve[..., -1:], curve.shape[-1]
+    chance = torch.arange(1, n + 1, dtype=torch.float64, device=curve.device) / n
+    return _like(torch.where(total > 0, curve / total, chance), utility)
+
+
+def retention(utility: Array, scores: Array) -> Array:
+    """`retention_of` for the ranking that ``scores`` sort into, (..., n) float64."""
+    return retention_of(utility, ranking(scores))
+
+
+def mean_over_budgets(curve: Array, budgets: Sequence[int] | None = None) -> Array:
+    """Reward: the mean of retention curves (..., n) over ``budgets`` (default: every b, 1..n)."""
+    values = _torch(curve)
+    if budgets is not None:
+        values = values[..., [b - 1 for b in check_budgets(budgets, values.shape[-1])]]
+    # A sequential sum: the same bits whatever the batch shape or memory layout.
+    return _like(values.cumsum(-1)[..., -1] / values.shape[-1], curve)
+
+
+def reward(utility: Array, scores: Array, budgets: Sequence[int] | None = None) -> Array:
+    """Retention averaged over budgets, (...) float64 (KVP's reward; DESIGN section 1)."""
+    return mean_over_budgets(retention(utility, scores), budgets)
+
+
+def random_reward(n: int, budgets: Sequence[int] | None = None) -> float:
+    """The expected reward of a random ranking: the mean of b/n, (n+1)/2n over all budgets."""
+    chosen = range(1, n + 1) if budgets is None else check_budgets(budgets, n)
+    return float(sum(chosen) / (len(chosen) * n))
+
+
+def oracle_reward(utility: Array, budgets: Sequence[int] | None = None) -> Array:
+    """The reward of sorting by the utility itself: the most any ranking can get."""
+    return reward(utility, utility, budgets)
+
+
+def closure(utility: Array, scores: Array, budgets: Sequence[int] | None = None) -> Array:
+    """(reward - random) / (oracle - random), (...) float64: 0 is chance, 1 is perfect.
+
+    Where every ranking is equally good (oracle = random) closure is 1.
+    """
+    a, n = _torch(utility), utility.shape[-1]
+    chance = random_reward(n, budgets)
+    best = oracle_reward(a, budgets) - chance
+    gain = reward(a, _torch(scores), budgets) - chance
+    # 1e-12 is rounding noise of float64 sums in [0, 1]; below it there is nothing to win.
+    flat = best <= 1e-12
+    ratio = torch.where(flat, torch.ones_like(gain), gain / best.masked_fill(flat, 1.0))
+    return _like(ratio, utility)
+
+
+def without_sinks(array: Array, sinks: int = SINKS) -> Array:
+    """Drop the first ``sinks`` tokens (last axis): utilities and scores for sink-free figures."""
+    return array[..., sinks:]
+
+
+def protect(scores: Array, sinks: int = 0, recent: int = 0) -> Array:
+    """Scores with the first ``sinks`` and the last ``recent`` tokens raised to +inf."""
+    guarded = _torch(scores).clone()
+    n = guarded.shape[-1]
+    guarded[..., : min(sinks, n)] = torch.inf
+    guarded[..., max(n - recent, 0) :] = torch.inf
+    return _like(guarded, scores)
+
+
+def budget_tokens(fraction: float, n: int) -> int:
+    """A budget given as a fraction of the prompt, in tokens: at least 1, at most n."""
+    if not 0 < fraction <= 1:
+        raise KvenvError(f"budget fraction {fraction} is not in (0, 1]: give e.g. 0.25")
+    return min(n, max(1, round(fraction * n)))
+
+
+def check_budgets(budgets: Sequence[int], n: int) -> list[int]:
+    """The budgets as a list, each checked to lie in 1..n.
+
+    Raises:
+        KvenvError: naming the budget and the range it must lie in.
+    """
+    chosen = [int(b) for b in budgets]
+    if not chosen:
+        raise KvenvError("no budgets given: give at least one, or None for every budget 1..n")
+    for b in chosen:
+        if not 1 <= b <= n:
+            raise KvenvError(f"budget {b} is outside 1..{n}, the prompt's {n} tokens")
+    return chosen

@@ -1,0 +1,335 @@
+"""The cache under `generate` and under a model's own masks."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from transformers import AttentionInterface, DynamicCache
+
+from kvenv.cache import EvictionCache
+from kvenv.errors import KvenvError
+
+FAMILIES = ("llama", "gemma")
+FULL = {"llama": (0, 1), "gemma": (1, 3)}
+SMALL = {"budget": 14, "sinks": 2, "recent": 4}
+WAYS = {
+    "greedy": {},
+    "sampled": {"do_sample": True, "temperature": 0.7},
+    "beams": {"num_beams": 3},
+    "sampled beams": {"num_beams": 2, "do_sample": True},
+    "return sequences": {"do_sample": True, "num_return_sequences": 3},
+    "blocks": {"prefill_chunk_size": 5},
+}
+
+
+def batch(rows: int, tokens: int, padded: bool = False) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(rows)
+    ids = torch.randint(1, 128, (rows, tokens), generator=draw)
+    mask = torch.ones_like(ids)
+    for row in range(1, rows) if padded else ():
+        mask[row, : 4 * row] = 0
+        ids[row, : 4 * row] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def generate(model, inputs, cache, **ways):
+    torch.manual_seed(5)
+    ways = {"max_new_tokens": 12, "do_sample": False} | ways
+    return model.generate(**inputs, past_key_values=cache, **ways)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ample_budget_gives_the_default_caches_tokens(model, scorers, family, way, padded):
+    lm, inputs = model(family), batch(3 if padded else 1, 20, padded)
+    cache = EvictionCache(
+        lm, scorers["KeyNorm"](), budget=32, attention_mask=inputs["attention_mask"]
+    )
+    expected = generate(lm, inputs, DynamicCache(config=lm.config), **WAYS[way])
+    assert torch.equal(generate(lm, inputs, cache, **WAYS[way]), expected)
+
+
+def test_one_row_needs_no_mask_and_a_tight_budget_changes_the_text(model, scorers):
+    lm, inputs = model("llama"), batch(1, 40)
+    full = generate(lm, inputs, DynamicCache(config=lm.config))
+    cache = EvictionCache(lm.config, scorers["KeyNorm"](), **SMALL)
+    assert not torch.equal(generate(lm, inputs, cache), full)
+    assert cache.positions(1).shape == (1, 2, 14)
+    assert cache.get_seq_length() == 51
+    assert cache.nbytes == 2 * 2 * 2 * 14 * 16 * 4
+
+
+def run(lm, cache, ids, mask, steps):
+    """Logits (rows, tokens, vocabulary) of forward passes over ``steps`` tokens at a time."""
+    seen, logits = 0, []
+    for q in steps:
+        upto = mask[:, : seen + q]
+        position_ids = (upto.cumsum(-1) - 1).clamp(min=0)[:, seen:]
+        with torch.no_grad():
+            step = lm(
+                input_ids=ids[:, seen : seen + q],
+                attention_mask=upto,
+                position_ids=position_ids,
+                past_key_values=cache,
+            )
+        logits.append(step.logits)
+        seen += q
+    return torch.cat(logits, 1)
+
+
+@pytest.mark.parametrize("kind", ["AgedTable", "MeanKey"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_padded_row_is_the_row_alone(model, scorers, family, attention, kind):
+    lm, scorer = model(family), scorers[kind]()
+    lm.set_attn_implementation(attention)
+    inputs = batch(4, 50, padded=True)
+    ids, mask = inputs.values()
+    # The prompt leaves pads in the slots, which single steps and a turn of several then take.
+    steps = [18, 1, 1, 6, *[1] * 12, 4, *[1] * 8]
+    cache = EvictionCache(lm, scorer, attention_mask=mask, **SMALL)
+    logits = run(lm, cache, ids, mask, steps)
+    for row in range(4):
+        pad = 4 * row
+        alone = EvictionCache(lm, scorer, **SMALL)
+        own = slice(row, row + 1)
+        parts = [18 - pad, *steps[1:]]
+        expected = run(lm, alone, ids[own, pad:], mask[own, pad:], parts)
+        torch.testing.assert_close(logits[own, pad:], expected, rtol=1e-4, atol=1e-4)
+        for layer in FULL[family]:
+            kept, single = cache.positions(layer)[own], alone.positions(layer)
+            assert torch.equal(kept.sort(-1).values, single.sort(-1).values)
+
+
+def test_left_padded_generate_is_each_row_alone(model, scorers):
+    lm, inputs = model("llama"), batch(3, 20, padded=True)
+    cache = EvictionCache(lm, scorers["Table"](), attention_mask=inputs["attention_mask"], **SMALL)
+    together = generate(lm, inputs, cache)
+    for row in range(3):
+        own = {k: v[row : row + 1, 4 * row :] for k, v in inputs.items()}
+        alone = generate(lm, own, EvictionCache(lm, scorers["Table"](), **SMALL))
+        assert torch.equal(together[row : row + 1, 4 * row :], alone)
+
+
+ALLOWED: dict[int, torch.Tensor] = {}
+
+
+def only_allowed(module, query, key, value, attention_mask, scaling, **kwargs):
+    """Causal attention in float64 to the keys that ``ALLOWED[layer]`` (H, keys) names."""
+    group = query.shape[1] // key.shape[1]
+    query, key, value = query.double(), key.double(), value.double()
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    logits = query @ key.transpose(-1, -2) * scaling
+    q, n = logits.shape[-2:]
+    seen = torch.ones(q, n, dtype=torch.bool).tril(n - q)
+    if module.layer_idx in ALLOWED:
+        seen = seen & ALLOWED[module.layer_idx].repeat_interleave(group, 0)[:, None]
+    weights = logits.masked_fill(~seen, -math.inf).softmax(-1)
+    return (weights @ value).transpose(1, 2).float(), None
+
+
+@pytest.mark.parametrize("kind", ["AgedTable", "KeyNorm", "MeanKey"])
+def test_decoding_attends_to_exactly_the_kept_tokens(model, scorers, kind):
+    lm, ids = model("llama"), batch(1, 70)["input_ids"]
+    cache = EvictionCache(lm, scorers[kind](), **SMALL)
+    mask = torch.ones_like(ids)
+    steps = [30, *[1] * 40]
+    kept = []
+
+    def follow(_module, _inputs, _output):
+        kept.append([cache.positions(layer)[0] for layer in (0, 1)])
+
+    hook = lm.register_forward_hook(follow)
+    logits = run(lm, cache, ids, mask, steps)
+    hook.remove()
+    AttentionInterface.register("only_allowed", only_allowed)
+    lm.set_attn_implementation("only_allowed")
+    try:
+        reference, seen = DynamicCache(config=lm.config), 0
+        for q, held in zip(steps, kept, strict=True):
+            seen += q
+            ALLOWED.clear()
+            for layer in (0, 1) if q == 1 else ():
+                among = torch.zeros(2, seen, dtype=torch.bool)
+                ALLOWED[layer] = among.scatter(-1, held[layer], True)
+                assert ALLOWED[layer].sum(-1).tolist() == [14, 14]
+            with torch.no_grad():
+                step = lm(input_ids=ids[:, seen - q : seen], past_key_values=reference)
+            found = logits[:, seen - q : seen]
+            torch.testing.assert_close(found, step.logits, rtol=1e-4, atol=1e-4)
+    finally:
+        ALLOWED.clear()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("only_new", [False, True], ids=["whole text", "only new ids"])
+def test_a_second_turn_continues_the_first(model, scorers, family, only_new):
+    lm, inputs = model(family), batch(1, 30)
+    cache = EvictionCache(lm, scorers["KeyNorm"](), **SMALL)
+    first = generate(lm, inputs, cache)
+    ids = torch.cat([first, batch(1, 9)["input_ids"]], -1)
+    given = {
+        "input_ids": ids[:, cache.get_seq_length() :] if only_new else ids,
+        "attention_mask": torch.ones_like(ids),
+    }
+    second = generate(lm, given, cache)
+    text = torch.cat([ids, second[:, given["input_ids"].shape[1] :]], -1)
+    # The first answer's last token was never fed, so the second turn starts with it.
+    by_hand = EvictionCache(lm, scorers["KeyNorm"](), **SMALL)
+    steps = [30, *[1] * 11, 10, *[1] * 11]
+    logits = run(lm, by_hand, text, torch.ones_like(text), steps)
+    assert torch.equal(logits[:, 50:].argmax(-1), text[:, 51:])
+    for layer in FULL[family]:
+        assert torch.equal(cache.positions(layer), by_hand.positions(layer))
+
+
+def test_a_prompt_in_blocks_holds_budget_plus_block(model, scorers):
+    lm, inputs = model("llama"), batch(1, 60)
+    cache = EvictionCache(lm, scorers["Table"](), **SMALL)
+    peaks = []
+    original = cache.update
+
+    def watched(*args, **kwargs):
+        keys, values = original(*args, **kwargs)
+        peaks.append(keys.shape[-2])
+        return keys, values
+
+    cache.update = watched
+    generate(lm, inputs, cache, prefill_chunk_size=8)
+    assert max(peaks) == 14 + 8
+    # A score fixed at arrival makes the blocks' survivors those of the whole prompt.
+    whole = EvictionCache(lm, scorers["Table"](), **SMALL)
+    generate(lm, inputs, whole)
+    assert torch.equal(cache.positions(0).sort(-1).values, whole.positions(0).sort(-1).values)
+
+
+def test_assisted_decoding_works_until_tokens_are_evicted(model, scorers):
+    lm, helper, inputs = model("llama"), model("gemma"), batch(1, 20)
+    ways = {"assistant_model": helper, "max_new_tokens": 8}
+    expected = generate(lm, inputs, DynamicCache(config=lm.config), max_new_tokens=8)
+    ample = EvictionCache(lm, scorers["KeyNorm"](), budget=64)
+    assert torch.equal(generate(lm, inputs, ample, **ways), expected)
+    with pytest.raises(KvenvError, match="evicted and cannot come back"):
+        generate(lm, inputs, EvictionCache(lm, scorers["KeyNorm"](), **SMALL), **ways)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_crop_is_that_of_the_default_cache_until_something_is_evicted(model, scorers, family):
+    lm, ids = model(family), batch(1, 20)["input_ids"]
+    mask = torch.ones_like(ids)
+    cache = EvictionCache(lm, scorers["KeyNorm"](), budget=20)
+    reference = DynamicCache(config=lm.config)
+    for one in (cache, reference):
+        run(lm, one, ids[:, :7], mask, [7])
+        one.crop(-3)
+    assert cache.get_seq_length() == 4
+    assert cache.positions(FULL[family][0])[0, 0].tolist() == [0, 1, 2, 3]
+    with torch.no_grad():
+        after = [lm(input_ids=ids[:, 7:17], past_key_values=c).logits for c in (cache, reference)]
+    torch.testing.assert_close(*after)
+    with torch.no_grad():
+        lm(input_ids=ids, past_key_values=cache)
+    cache.layers[FULL[family][0]].crop(0)
+    before = [layer.keys for layer in cache.layers]
+    with pytest.raises(KvenvError, match="cannot drop 2 tokens: 14 of 34 are evicted"):
+        cache.crop(-2)
+    assert all(layer.keys is kept for layer, kept in zip(cache.layers, before, strict=True))
+    assert not cache.is_croppable
+
+
+def test_rows_follow_reorder_repeat_and_select(model, scorers):
+    lm, scorer = model("gemma"), scorers["AgedTable"]()
+    ids, mask = batch(3, 40, padded=True).values()
+    rows = torch.tensor([2, 0, 0, 1])
+
+    def state(change, chosen):
+        cache = EvictionCache(lm, scorer, attention_mask=mask, **SMALL)
+        run(lm, cache, ids[:, :20], mask[:, :20], [18, 1, 1])
+        change(cache)
+        given = mask[chosen]
+        logits = []
+        for end in (21, 22, 27, 28):  # two steps, a turn of five, one more
+            start = {21: 20, 22: 21, 27: 22, 28: 27}[end]
+            with torch.no_grad():
+                step = lm(
+                    input_ids=ids[chosen, start:end],
+                    attention_mask=given[:, :end],
+                    position_ids=(given[:, :end].cumsum(-1) - 1)[:, start:],
+                    past_key_values=cache,
+                )
+            logits.append(step.logits)
+        return torch.cat(logits, 1), cache.positions(1)
+
+    everyone = torch.arange(3)
+    logits, kept = state(lambda cache: None, everyone)
+    for change, chosen in (
+        (lambda cache: cache.reorder_cache(rows), rows),
+        (lambda cache: cache.batch_select_indices(rows), rows),
+        (lambda cache: cache.batch_repeat_interleave(2), everyone.repeat_interleave(2)),
+    ):
+        changed, moved = state(change, chosen)
+        torch.testing.assert_close(changed, logits[chosen], rtol=1e-4, atol=1e-4)
+        assert torch.equal(moved, kept[chosen])
+
+
+def test_a_copy_and_a_reset_stand_alone(model, scorers):
+    lm, scorer, inputs = model("llama"), scorers["KeyNorm"](), batch(1, 30)
+    cache = EvictionCache(lm, scorer, **SMALL)
+    run(lm, cache, *inputs.values(), [29])
+    twin, where = copy.deepcopy(cache), cache.positions(0)
+    keys = cache.layers[0].keys.clone()
+    expected = generate(lm, inputs, twin)
+    assert torch.equal(cache.positions(0), where)
+    assert torch.equal(cache.layers[0].keys, keys)
+    assert torch.equal(generate(lm, inputs, cache), expected)
+    cache.reset()
+    assert (cache.get_seq_length(), cache.nbytes, cache.positions(0).numel()) == (0, 0, 0)
+    again = EvictionCache(lm, scorer, **SMALL)
+    assert torch.equal(generate(lm, inputs, cache), generate(lm, inputs, again))
+    pair = batch(2, 20, padded=True)
+    cache.reset(attention_mask=pair["attention_mask"])
+    fresh = EvictionCache(lm, scorer, attention_mask=pair["attention_mask"], **SMALL)
+    assert torch.equal(generate(lm, pair, cache), generate(lm, pair, fresh))
+
+
+def test_a_prompt_read_in_inference_mode_is_continued_outside_it(model, scorers):
+    lm, inputs = model("llama"), batch(1, 30)
+    caches = [EvictionCache(lm, scorers["KeyNorm"](), **SMALL) for _ in range(2)]
+    run(lm, caches[0], *inputs.values(), [29])
+    with torch.inference_mode():
+        run(lm, caches[1], *inputs.values(), [29])
+    plain, continued = (generate(lm, inputs, cache) for cache in caches)
+    assert torch.equal(plain, continued)
+
+
+def test_offload_and_prefetch_bring_a_layer_back(model, scorers):
+    lm, inputs = model("llama"), batch(1, 30)
+    cache = EvictionCache(lm, scorers["KeyNorm"](), **SMALL)
+    run(lm, cache, *inputs.values(), [29])
+    for layer in cache.layers:
+        layer.offload()
+        layer.prefetch()
+    plain = EvictionCache(lm, scorers["KeyNorm"](), **SMALL)
+    run(lm, plain, *inputs.values(), [29])
+    assert torch.equal(generate(lm, inputs, cache), generate(lm, inputs, plain))
+
+
+def test_sliding_layers_stay_the_librarys_own(model, scorers):
+    lm, inputs = model("gemma"), batch(1, 40)
+    cache = EvictionCache(lm, scorers["KeyNorm"](), **SMALL)
+    plain = DynamicCache(config=lm.config)
+    generate(lm, inputs, cache)
+    assert [type(a) is type(b) for a, b in zip(cache.layers, plain.layers, strict=True)] == [
+        True,
+        False,
+        True,
+        False,
+    ]
+    assert cache.nbytes == 2 * (2 * 7 + 2 * 14) * 2 * 16 * 4
+    assert cache.get_max_length() == plain.get_max_length() == 8
+    assert "2 of 4 layers evict, 14 of 51 tokens held" in repr(cache)
+    assert repr(cache).startswith("EvictionCache(KeyNorm, budget=14, sinks=2, recent=4")

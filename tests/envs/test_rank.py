@@ -1,0 +1,293 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.error import ResetNeeded
+from gymnasium.utils.env_checker import check_env
+from stable_baselines3.common.env_checker import check_env as check_sb3
+
+from kvenv import utility as u
+from kvenv.envs import RankEnv, core
+from kvenv.errors import KvenvError
+from kvenv.registration import register
+
+ID = "kvenv/Rank-v0"
+VARIANTS = [
+    {},
+    {"layer": 3, "head": 1, "budgets": [0.25, 8], "sinks": 4, "recent": 2},
+    {"reward": "output"},
+    {"sink_free": True, "max_tokens": 50},
+]
+
+
+def utility_of(env: RankEnv, info: dict) -> torch.Tensor:
+    where = info["episode"], "utility/sum", info["layer"], info["head"]
+    return torch.from_numpy(env.traces.read(*where))
+
+
+def oracle_action(utility: torch.Tensor, rows: int) -> np.ndarray:
+    """Places spread over [-1, 1]: scaled utilities themselves would tie in float32."""
+    action = np.zeros(rows, np.float32)
+    action[u.ranking(utility).numpy()] = np.linspace(1, -1, len(utility), dtype=np.float32)
+    return action
+
+
+@pytest.mark.parametrize("arguments", VARIANTS)
+def test_gymnasium_accepts_it_without_a_warning(folder: str, arguments: dict) -> None:
+    env = gym.make(ID, traces=folder, render_mode="rgb_array", **arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_env(env.unwrapped)
+    env.close()
+
+
+@pytest.mark.parametrize("arguments", VARIANTS[::2])
+def test_stable_baselines3_only_notes_the_two_dimensions(folder: str, arguments: dict) -> None:
+    env = RankEnv(folder, **arguments)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_sb3(env, skip_render_check=False)
+    assert [w for w in caught if "unconventional shape" not in str(w.message)] == []
+
+
+def test_observation_is_the_heads_features(folder: str) -> None:
+    env = RankEnv(folder)
+    obs, info = env.reset(seed=0, options={"episode": 1, "layer": 3, "head": 1})
+    assert info == {"episode": 1, "layer": 3, "head": 1, "n": 24}
+    trace = env.traces.head(1, 3, 1)
+    assert obs.shape == env.observation_space.shape == (40, 19)
+    np.testing.assert_array_equal(obs[:24, :8], trace.keys[:24].astype(np.float32))
+    np.testing.assert_array_equal(obs[:24, 8:16], trace.values[:24].astype(np.float32))
+    np.testing.assert_array_equal(obs[:24, 16], np.float32(np.arange(24) / 24))
+    assert obs[:24, 18].all()
+    assert not obs[24:].any()
+    assert obs in env.observation_space
+
+
+@pytest.mark.parametrize("arguments", VARIANTS)
+def test_reward_is_the_learners_to_the_last_bit(folder: str, arguments: dict) -> None:
+    env = RankEnv(folder, **arguments)
+    rng = np.random.default_rng(0)
+    for seed in range(6):
+        _, info = env.reset(seed=seed)
+        action = rng.uniform(-1, 1, env.max_tokens).astype(np.float32)
+        _, reward, terminated, truncated, info = env.step(action)
+        assert (terminated, truncated) == (True, False)
+        assert isinstance(terminated, bool)
+        assert isinstance(truncated, bool)
+        assert type(reward) is float
+        n, utility = info["n"], utility_of(env, info)
+        scores = torch.from_numpy(action[:n])
+        guarded = u.protect(scores, arguments.get("sinks", 0), arguments.get("recent", 0))
+        if arguments.get("reward") == "output":
+            trace = env.traces.head(info["episode"], info["layer"], info["head"])
+            future = (trace.queries[:, -trace.T :], trace.keys, trace.values)
+            budgets = [u.budget_tokens(f, n) for f in u.FRACTIONS]
+            errors = core.output_error(*map(torch.from_numpy, future), guarded, budgets)
+            np.testing.assert_array_equal(info["output_error"], errors.numpy())
+            assert reward == -float(u.mean_over_budgets(errors))
+            continue
+        if arguments.get("sink_free"):
+            utility, guarded = u.without_sinks(utility), u.without_sinks(guarded)
+        budgets = core.resolve_budgets(arguments.get("budgets"), len(utility))
+        assert reward == float(u.reward(utility, guarded, budgets))
+        assert info["closure"] == float(u.closure(utility, guarded, budgets))
+        assert info["oracle"] == float(u.oracle_reward(utility, budgets))
+        assert info["random"] == u.random_reward(len(utility), budgets)
+        curve = u.retention(utility, guarded).numpy()
+        places = [u.budget_tokens(f, len(utility)) - 1 for f in u.FRACTIONS]
+        np.testing.assert_array_equal(info["retention"], curve[places])
+
+
+def test_oracle_closes_the_gap_and_its_reverse_opens_it(folder: str) -> None:
+    env = RankEnv(folder)
+    for seed in range(4):
+        _, info = env.reset(seed=seed)
+        action = oracle_action(utility_of(env, info), env.max_tokens)
+        _, reward, _, _, info = env.step(action)
+        assert info["closure"] == pytest.approx(1, abs=1e-12)
+        assert reward == pytest.approx(info["oracle"], abs=1e-12)
+        env.reset(seed=seed)
+        assert env.step(-action)[4]["closure"] < -0.5
+
+
+def test_padding_is_ignored_whatever_it_holds(folder: str) -> None:
+    env = RankEnv(folder)
+    action = np.random.default_rng(0).uniform(-1, 1, 40).astype(np.float32)
+    other = action.copy()
+    other[24:] = np.nan
+    rewards = []
+    for scores in (action, other, torch.from_numpy(action)):
+        env.reset(options={"episode": 1, "layer": 1, "head": 0})
+        rewards.append(env.step(scores)[1])
+    assert rewards[0] == rewards[1] == rewards[2]
+
+
+def test_seeds_decide_everything_and_all_heads_are_drawn(folder: str) -> None:
+    one, two = RankEnv(folder), RankEnv(folder)
+    seen = set()
+    for seed in (7, *[None] * 60):
+        (obs, info), (other, again) = one.reset(seed=seed), two.reset(seed=seed)
+        assert info == again
+        np.testing.assert_array_equal(obs, other)
+        seen.add((info["episode"], info["layer"], info["head"]))
+    assert len(seen) == 3 * 2 * 2
+
+
+def test_fixed_head_stays_and_options_pick_for_one_episode(folder: str) -> None:
+    env = RankEnv(folder, layer=3, budgets=[4])
+    assert {env.reset(seed=s)[1]["layer"] for s in range(8)} == {3}
+    _, info = env.reset(options={"layer": 1, "head": 1, "episode": 2, "budgets": [33]})
+    assert info == {"layer": 1, "head": 1, "episode": 2, "n": 33}
+    assert env.step(env.action_space.sample())[1] == 1.0
+    assert env.reset()[1]["layer"] == 3
+    assert env.step(env.action_space.sample())[1] < 1.0
+
+
+def test_nothing_is_shared_unless_asked(folder: str) -> None:
+    env = RankEnv(folder)
+    obs, info = env.reset(seed=0)
+    kept, before = obs.copy(), dict(info)
+    obs[:] = 7
+    info.clear()
+    after, _, _, _, facts = env.step(np.zeros(40, np.float32))
+    np.testing.assert_array_equal(after, kept)
+    assert before.items() <= facts.items()
+    assert not np.shares_memory(obs, after)
+    again, _ = env.reset(seed=0)
+    np.testing.assert_array_equal(again, kept)
+    assert not np.shares_memory(again, after)
+
+    env = RankEnv(folder, copy=False)
+    obs, _ = env.reset(seed=0)
+    assert env.step(np.zeros(40, np.float32))[0] is obs
+
+
+def test_spec_survives_json(folder: str) -> None:
+    env = gym.make(ID, traces=folder, layer=3, budgets=[0.5, 4], sinks=2)
+    text = env.spec.to_json()
+    assert json.loads(text)["kwargs"]["traces"] == folder
+    spec = gym.envs.registration.EnvSpec.from_json(text)
+    assert spec == env.spec
+    twin = gym.make(spec)
+    action = env.action_space.sample()
+    for seed in range(3):
+        np.testing.assert_array_equal(env.reset(seed=seed)[0], twin.reset(seed=seed)[0])
+        assert env.step(action)[1] == twin.step(action)[1]
+    assert gym.spec(ID).entry_point == "kvenv.envs.rank:RankEnv"
+
+
+def test_workers_that_spawn_agree_with_one_process(folder: str) -> None:
+    arguments = {"num_envs": 2, "traces": folder, "reward": "output"}
+    spawn = {"context": "spawn"}
+    pool = gym.make_vec(ID, vectorization_mode="async", vector_kwargs=spawn, **arguments)
+    here = gym.make_vec(ID, vectorization_mode="sync", **arguments)
+    pool.action_space.seed(0)
+    actions = pool.action_space.sample()
+    (obs, info), (other, twin) = pool.reset(seed=3), here.reset(seed=3)
+    np.testing.assert_array_equal(obs, other)
+    assert sorted(info) == sorted(twin)
+    found, expected = pool.step(actions), here.step(actions)
+    np.testing.assert_array_equal(found[1], expected[1])
+    np.testing.assert_array_equal(found[4]["retention"], expected[4]["retention"])
+    assert found[2].all()
+    pool.close()
+    here.close()
+
+
+def test_registering_again_is_silent_and_importing_stays_light(folder: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        register()
+    code = (
+        "import sys, gymnasium as gym\n"
+        f"gym.make('kvenv:{ID}', traces={folder!r}).reset(seed=0)\n"
+        "print(sorted({'transformers', 'stable_baselines3', 'PIL.ImageTk'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_paths_are_accepted_and_close_may_be_repeated(folder: str) -> None:
+    env = RankEnv(Path(folder))
+    first, _ = env.reset(seed=1)
+    env.close()
+    env.close()
+    np.testing.assert_array_equal(env.reset(seed=1)[0], first)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"reward": "loss"}, "unknown reward 'loss'"),
+        ({"reward": "output", "sink_free": True}, "sink_free=True goes with reward='attention'"),
+        ({"render_mode": "human"}, "unknown render_mode 'human'"),
+        ({"sinks": -1}, "sinks=-1 is negative"),
+        ({"recent": 0.5}, "recent=0.5 is not a whole number"),
+        ({"max_tokens": 39}, "max_tokens=39 is less than the longest prompt: give 40"),
+        ({"layer": 2}, r"layer 2 is not recorded: choose from \[1, 3\]"),
+        ({"head": 2}, r"head 2 is not recorded: choose from \[0, 1\]"),
+        ({"layer": True}, "layer=True is not a whole number"),
+        ({"budgets": [25]}, "budget 25 is outside 1..24"),
+        ({"budgets": [24], "sink_free": True}, "budget 24 is outside 1..20"),
+        ({"traces": "no-such-set"}, "no-such-set"),
+    ],
+)
+def test_arguments_that_cannot_be_are_named(folder: str, arguments: dict, message: str) -> None:
+    with pytest.raises(KvenvError, match=message):
+        RankEnv(**{"traces": folder, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"episod": 1}, "unknown reset option 'episod': choose from episode, layer, head, budgets"),
+        ({"episode": 3}, "episode 3 is not in the trace set: choose 0 to 2"),
+        ({"episode": -1}, "episode -1 is not"),
+        ({"episode": 1.0}, "episode=1.0 is not a whole number"),
+        ({"layer": 0}, r"layer 0 is not recorded: choose from \[1, 3\]"),
+        ({"head": 5}, r"head 5 is not recorded: choose from \[0, 1\]"),
+        ({"episode": 1, "budgets": [30]}, "budget 30 is outside 1..24"),
+    ],
+)
+def test_options_that_cannot_be_are_named(folder: str, options: dict, message: str) -> None:
+    with pytest.raises(KvenvError, match=message):
+        RankEnv(folder).reset(options=options)
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        (np.zeros(39), r"shape \(39,\)"),
+        (np.zeros((40, 1)), r"shape \(40, 1\)"),
+        (np.array(["a"] * 40), "dtype <U1"),
+        (np.r_[0.0, np.nan, np.zeros(38)], "token 1 the score nan"),
+        (np.r_[np.inf, np.zeros(39)], "token 0 the score inf"),
+    ],
+)
+def test_actions_that_cannot_be_are_named(folder: str, action, message: str) -> None:
+    env = RankEnv(folder)
+    env.reset(seed=0)
+    with pytest.raises(KvenvError, match=message):
+        env.step(action)
+    env.step(np.zeros(40))  # the episode is still there
+
+
+def test_an_episode_is_one_step(folder: str) -> None:
+    env = RankEnv(folder, render_mode="ansi")
+    with pytest.raises(ResetNeeded, match="reset"):
+        env.step(np.zeros(40))
+    with pytest.raises(ResetNeeded, match="reset"):
+        env.render()
+    env.reset(seed=0)
+    env.step(np.zeros(40))
+    with pytest.raises(ResetNeeded, match="reset"):
+        env.step(np.zeros(40))
