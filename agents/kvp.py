@@ -17,6 +17,7 @@ from kvenv.scorers.base import Head
 from kvenv.scorers.bundle import NetworkScorer
 from kvenv.scorers.network import Architecture, Feature
 from kvenv.trace import TraceSet
+from kvenv.utility import emphasise
 
 
 @dataclass
@@ -28,6 +29,8 @@ class KVP:
         samples: rankings drawn for each head and step (K of the leave-one-out baseline).
         credit: reward_to_go credits the choice at rank j with the budgets b >= j; plain credits
             every choice with the whole reward.
+        sink_free: share of the reward that leaves the first 4 tokens out of the utility; attention
+            sinks hold most of it and hide what sets the other tokens apart.
         lr: AdamW's learning rate, falling to zero along a cosine.
         weight_decay: AdamW's weight decay.
         batch: episodes a step.
@@ -37,10 +40,11 @@ class KVP:
     """
 
     steps: int = 700
-    samples: int = 6
+    samples: int = 8
     credit: Credit = "reward_to_go"
-    lr: float = 2e-3
-    weight_decay: float = 1e-2
+    sink_free: float = 0.8
+    lr: float = 8e-3
+    weight_decay: float = 0.1
     batch: int = 1
     hidden: list[int] = field(default_factory=lambda: [128, 128])
     features: list[Feature] = field(default_factory=lambda: ["key", "value"])
@@ -59,7 +63,8 @@ class KVP:
         def gradient(
             scores: torch.Tensor, utility: torch.Tensor, noise: torch.Generator
         ) -> torch.Tensor:
-            return policy_gradient(scores, utility, self.samples, self.credit, noise)
+            reward = emphasise(utility, self.sink_free)
+            return policy_gradient(scores, reward, self.samples, self.credit, noise)
 
         return fit(
             agent="kvp",

@@ -25,8 +25,10 @@ class Random(Heuristic):
     ) -> Tensor:
         """(B, H, n) float32."""
         heads = torch.arange(keys.shape[1], device=positions.device).unsqueeze(-1)
-        x = positions + (1 << 32) * (heads + 1024 * layer + 1048576 * self.seed)
-        for multiplier in (-0x61C8864680B583EB, -0x40A7B892E31B1A47):  # a 64-bit mixing hash
-            x = x * multiplier
-            x = x ^ ((x >> 32) & 0xFFFFFFFF)
+        x = torch.zeros_like(heads)
+        for word in (self.seed, layer, heads, positions):
+            x = x + word
+            for multiplier in (-0x61C8864680B583EB, -0x40A7B892E31B1A47):  # a 64-bit mixing hash
+                x = x * multiplier
+                x = x ^ ((x >> 32) & 0xFFFFFFFF)
         return (x & 0xFFFFFF).float() / (1 << 24)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import inspect
+import json
+import os
 import re
 import sys
 import types
 import typing
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import is_dataclass
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 import kvenv
 from kvenv import commands, plugins
@@ -32,16 +36,82 @@ PLUGINS: dict[str, plugins.Kind] = {"record": "workload", "train": "agent"}
 BARE = {"generate": "greedy"}
 """What an option that takes a choice means when no choice follows it."""
 
+POSITIONAL = ("folder", "prompt", "what")
+"""Arguments given by place, not as options."""
+
+COMMAS = "separated by commas"
+
+
+class _Formatter(DefaultHelpFormatter):
+    """Says what a value may be in words, without what jsonargparse adds for its own needs."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if "--print_config" in action.option_strings:
+            return "print the options given as such a YAML file, and exit"
+        text = (action.help or "").rstrip(".").replace("%", "%%")
+        if action.dest in ("help", "config"):
+            return text
+        hint = getattr(action, "_typehint", None)
+        kind, notes = _kind(hint), []
+        if kind.endswith(COMMAS):
+            notes.append(COMMAS)
+        elif kind.startswith("one of") and len(_options(hint)) > 1:  # else the usage says it
+            notes.append(kind)
+        if action.required and action.option_strings:
+            notes.append("required")
+        elif isinstance(action.default, list):
+            notes.append(f"default: {','.join(map(str, action.default))}")
+        elif action.default not in (None, argparse.SUPPRESS):
+            notes.append(f"default: {str(action.default).lower()}")
+        return f"{text} ({'; '.join(notes)})" if notes else text
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        # Without its twin --option+ and the flags of --print-config.
+        return re.sub(r", --\w+\+.*| \[=flags\]", "", super()._format_action_invocation(action))
+
 
 class _Parser(ArgumentParser):
     """Options are spelt with dashes, as users type them; jsonargparse spells them as in Python."""
+
+    def __init__(self, hints: Mapping[str, Any], **kwargs: Any) -> None:
+        super().__init__(formatter_class=_Formatter, **kwargs)
+        self._hints = hints
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         return _dashes(super().format_help(*args, **kwargs))
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        first = _dashes(" ".join(message.split()))
-        raise KvenvError(f"{first} (see `{self.prog} --help`)")
+        text = " ".join(message.split())
+        wrong = re.match(r'Parser key "(\w+)": .*(?:Got|Given) value: (.*)', text)
+        absent = re.match(r"the following arguments are required: (.*)", text)
+        if wrong and wrong[1] in self._hints:
+            name = wrong[1] if wrong[1] in POSITIONAL else f"--{wrong[1]}"
+            text = f"{name} {wrong[2]!r}: give {_kind(self._hints[wrong[1]])}"
+        elif absent:
+            names = [n if n in POSITIONAL else f"--{n}" for n in absent[1].split(", ")]
+            text = f"{' and '.join(names)} must be given"
+        raise KvenvError(f"{_dashes(text)} (see `{self.prog} --help`)")
+
+
+def _kind(hint: Any) -> str:
+    """What a value of a type looks like, in words."""
+    options = [option for option in _options(hint) if option is not types.NoneType]
+    if len(options) == 1:
+        arguments = typing.get_args(options[0])
+        if typing.get_origin(options[0]) is typing.Literal:
+            return f"one of {', '.join(map(str, arguments))}"
+        if typing.get_origin(options[0]) is list and arguments:
+            return f"{_kind(arguments[0])}, or several {COMMAS}"
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        if options[0] in names:
+            return names[options[0]]
+    return f"a value of type {hint}"
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The members of a union; anything else is its own only member."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if union else (hint,)
 
 
 def _dashes(text: str) -> str:
@@ -51,17 +121,19 @@ def _dashes(text: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for unusable input, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    warnings.showwarning = _warn
     try:
-        return _run(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            return _run(arguments)
     except KvenvError as error:
         return _fail(" ".join(str(error).split()))
+    except BrokenPipeError:  # the reader of a pipe, e.g. head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            return _fail(
-                f"no space left on the device for {error.filename!r}: free some and run again"
-            )
-        raise
+        if error.filename is None and error.errno != errno.ENOSPC:
+            raise
+        return _fail(f"{str(error.filename)!r}: {error.strerror}; mend that and run again")
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it can", file=sys.stderr)
         return 130
@@ -99,7 +171,7 @@ def _run(arguments: list[str]) -> int:
         raise KvenvError(f"the {kind} comes first: kvenv {name} {kind.upper()} [options]")
     plugin = plugins.load(kind, rest[0])
     values = _parse(f"kvenv {name} {rest[0]}", command, plugin, rest[1:])
-    own = {key: values.pop(key) for key in _hints(plugin) if key in values}
+    own = {key: values.pop(key) for key in _hints(plugin)}
     command(rest[0], plugin(**own), **values)
     return 0
 
@@ -108,26 +180,33 @@ def _parse(
     prog: str, command: Callable[..., None], plugin: type | None, rest: list[str]
 ) -> dict[str, Any]:
     """Parse a command's options, and its plug-in's, from the command line and --config."""
-    parser = _Parser(prog=prog, description=_summary(command))
+    hints = _hints(command)
+    own = _hints(plugin) if plugin is not None else {}
+    skip: set[str | int] = {"name", "plugin"}
+    if taken := sorted(own.keys() & ({*hints, "config", "help"} - skip)):
+        raise KvenvError(
+            f"{prog}: the plug-in's options {', '.join(taken)} are options of the command too: "
+            "rename them"
+        )
+    hints = {**{key: hint for key, hint in hints.items() if key not in skip}, **own}
+    parser = _Parser(hints, prog=prog, description=_summary(command))
     parser.add_argument(
         "--config", action="config", help="a YAML file that gives any of these options"
     )
-    hints = _hints(command)
-    skip: set[str | int] = {"name", "plugin"}
-    positional = {key for key in ("folder", "prompt", "what") if key in hints}
-    parser.add_function_arguments(command, skip=skip | positional, as_group=False)
+    positional = [key for key in POSITIONAL if key in inspect.signature(command).parameters]
+    skip = skip | set(positional)
+    parser.add_function_arguments(command, skip=skip, as_group=False)
     documented = _documented(command)
     for key in positional:
         parameter = inspect.signature(command).parameters[key]
         optional = (
             {}
             if parameter.default is parameter.empty
-            else {"nargs": "?", "default": parameter.default}
+            else {"nargs": "?", "default": argparse.SUPPRESS}
         )
         parser.add_argument(key, type=hints[key], help=documented.get(key, ""), **optional)
     if plugin is not None:
         parser.add_class_arguments(plugin, as_group=True)
-        hints = {**_hints(plugin), **hints}
     values = parser.parse_args(_spell(rest, hints)).as_dict()
     values.pop("config", None)
     values.pop("__path__", None)
@@ -135,9 +214,10 @@ def _parse(
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    target = function.__init__ if inspect.isclass(function) else function
-    hints = typing.get_type_hints(target)
-    return {key: hint for key, hint in hints.items() if key not in ("return", "self")}
+    """The types of a function's or a class's arguments, those of inherited fields included."""
+    fields = is_dataclass(function) or not inspect.isclass(function)
+    hints = typing.get_type_hints(function if fields else function.__init__)
+    return {key: hints[key] for key in inspect.signature(function).parameters if key in hints}
 
 
 def _spell(rest: list[str], hints: dict[str, Any]) -> list[str]:
@@ -171,9 +251,12 @@ def _spell(rest: list[str], hints: dict[str, Any]) -> list[str]:
 
 
 def _value(text: str, hint: Any) -> str:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    wants_list = any(typing.get_origin(option) is list for option in options)
-    return f"[{text}]" if wants_list and not text.startswith("[") and text != "null" else text
+    lists = [option for option in _options(hint) if typing.get_origin(option) is list]
+    if not lists or text.startswith("[") or text == "null":
+        return text
+    if typing.get_args(lists[0]) == (str,):  # quoted: no path is mistaken for another YAML value
+        return json.dumps([part.strip() for part in text.split(",")])
+    return f"[{text}]"
 
 
 def _summary(function: Callable[..., Any]) -> str:

@@ -57,7 +57,7 @@ def record(
     from kvenv.recording import models, recorder
 
     language_model, tokenizer = models.load(model, dtype=dtype, device=_device(device))
-    arguments = dict(vars(plugin))
+    arguments = {key: value for key, value in vars(plugin).items() if not key.startswith("_")}
     traces = recorder.record(
         language_model,
         tokenizer,
@@ -157,7 +157,9 @@ def train(
     )
     console.print(
         f"trained {len(scorer.network.heads)} heads in {scorer.training['seconds']:.0f} s; "
-        f"held out: {figures}; wrote {out}"
+        f"held out: {figures or 'nothing'}; wrote {out}",
+        markup=False,
+        soft_wrap=True,
     )
 
 
@@ -182,7 +184,12 @@ def evaluate(
     from kvenv.evaluation.retention import measure
 
     sets = _trace_sets(traces)
-    scorers = {Path(agent).name: load_scorer(agent) for agent in _names(agents, "agents")}
+    given = _names(agents, "agents")
+    names = [Path(agent).name for agent in given]
+    scorers = {
+        name if names.count(name) == 1 else agent: load_scorer(agent)
+        for name, agent in zip(names, given, strict=True)
+    }
     chosen = parse_heads(heads) if heads else None
     with progress_bar("episodes") as progress:
         bar = progress.add_task("measuring", total=sum(len(t) for t in sets), note="")
@@ -259,7 +266,7 @@ def generate(
         check(language_model)
     if traces is not None:
         task = from_episode(TraceSet(traces), episode, tokenizer, language_model)
-        console.print(f"[dim]{task.note}[/dim]", highlight=False)
+        console.print(task.note, style="dim", markup=False, highlight=False)
     else:
         task = encode(_prompt_text(prompt or ""), tokenizer, chat=not raw)
     settings = Decoding(
@@ -343,7 +350,7 @@ def write_json(path: Path, result: Mapping[str, Any]) -> None:
         raise KvenvError(
             f"{str(path)!r} could not be written: {error.strerror}; choose another --json"
         ) from error
-    console.print(f"wrote {path}")
+    console.print(f"wrote {path}", markup=False, soft_wrap=True)
 
 
 def _names(text: str, what: str) -> list[str]:
@@ -370,5 +377,8 @@ def _prompt_text(prompt: str) -> str:
         try:
             return Path(prompt[1:]).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise KvenvError(f"prompt file {prompt[1:]!r} cannot be read: {error}") from error
+            reason = getattr(error, "strerror", None) or "not UTF-8 text"
+            raise KvenvError(
+                f"prompt file {prompt[1:]!r} cannot be read ({reason}): give a text file"
+            ) from error
     return prompt

@@ -56,7 +56,8 @@ def print_summary(traces: TraceSet) -> None:
     """What a trace set holds, as a table."""
     table = Table(title=str(traces.path), show_header=False, title_justify="left")
     for key, value in summary(traces).items():
-        table.add_row(key, f"{value:,}" if isinstance(value, int) else str(value))
+        shown = f"{value:,}" if type(value) is int else str(value)  # a bool is no number here
+        table.add_row(key, shown)
     console.print(table)
 
 

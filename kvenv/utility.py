@@ -28,7 +28,11 @@ FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 
 
 def _torch(array: np.ndarray | torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(array) if isinstance(array, np.ndarray) else array
+    if isinstance(array, torch.Tensor):
+        return array
+    # torch takes neither read-only nor reversed arrays.
+    plain = array.flags.writeable and min(array.strides, default=0) >= 0
+    return torch.from_numpy(array if plain else array.copy())
 
 
 def _like(tensor: torch.Tensor, template: Array) -> Array:
@@ -109,6 +113,26 @@ def closure(utility: Array, scores: Array, budgets: Sequence[int] | None = None)
 def without_sinks(array: Array, sinks: int = SINKS) -> Array:
     """Drop the first ``sinks`` tokens (last axis): utilities and scores for sink-free figures."""
     return array[..., sinks:]
+
+
+def emphasise(utility: Array, share: float, sinks: int = SINKS) -> Array:
+    """A utility whose retention is a blend of the plain and the sink-free one, (..., n) float64.
+
+    Attention sinks hold most of the mass, so the reward hardly tells the other tokens apart.
+    Retention is linear in the utility: with A' the utility whose first ``sinks`` entries are zero,
+    (1 - share) A / sum(A) + share A' / sum(A') rewards a ranking with (1 - share) of its retention
+    of A plus share of its retention of A'.
+
+    Args:
+        utility: A, (..., n), non-negative.
+        share: how much the sink-free part counts, 0 to 1.
+        sinks: tokens that it leaves out.
+    """
+    whole = _torch(utility).double()
+    rest = whole.clone()
+    rest[..., :sinks] = 0
+    parts = [part / part.sum(-1, keepdim=True).clamp_min(1e-30) for part in (whole, rest)]
+    return _like((1 - share) * parts[0] + share * parts[1], utility)
 
 
 def protect(scores: Array, sinks: int = 0, recent: int = 0) -> Array:

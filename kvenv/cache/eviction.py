@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache
 
 from kvenv.cache.padding import LeftPadding
 from kvenv.cache.scoring import CacheScorer
 from kvenv.cache.slots import EvictionLayer, Limits
 from kvenv.errors import KvenvError
+from kvenv.identity import full_attention_layers
 from kvenv.scorers.base import Scorer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-BACKENDS = ("auto", "torch")
 
 
 class EvictionCache(Cache):
@@ -47,7 +46,6 @@ class EvictionCache(Cache):
         attention_mask: the batch's 2D mask (B, S), padded on the left, which a cache has no other
             way to see. Needed for more than one row, beams and return sequences included, and for
             a single padded row. Rows that ``generate`` repeats are matched.
-        backend: "torch", which runs anywhere; "auto" chooses it.
 
     Raises:
         KvenvError: if an argument cannot be used, naming it and the cure.
@@ -67,16 +65,13 @@ class EvictionCache(Cache):
         recent: int = 16,
         fallback: Scorer | None = None,
         attention_mask: torch.Tensor | None = None,
-        backend: Literal["auto", "torch"] = "auto",
     ) -> None:
-        if backend not in BACKENDS:
-            raise KvenvError(f"backend {backend!r} is none of {', '.join(BACKENDS)}: choose one")
         limits = _limits(budget, sinks, recent)
         settings = _config(config)
         layers = DynamicCache(config=settings).layers
         text = settings.get_text_config(decoder=True)
         heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
-        evicting = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        evicting = full_attention_layers(settings)
         if not evicting:
             raise KvenvError(
                 f"model type {settings.model_type} has no full-attention layer, so there is "
@@ -188,27 +183,27 @@ def _config(config: PretrainedConfig | PreTrainedModel) -> PretrainedConfig:
 
 
 def _limits(budget: int, sinks: int, recent: int) -> Limits:
-    numbers = {"budget": budget, "sinks": sinks, "recent": recent}
-    for what, number in numbers.items():
-        try:
-            numbers[what] = operator.index(number)
-        except TypeError:
-            raise KvenvError(
-                f"{what} {number!r} is not a whole number of tokens per head: give one, such as "
-                f"{what}={256 if what == 'budget' else 4}"
-            ) from None
-    limits = Limits(**numbers)
-    if limits.budget < 1:
-        raise KvenvError(f"budget {limits.budget} is below 1: give tokens per head, such as 256")
-    if limits.sinks < 0:
-        raise KvenvError(f"sinks {limits.sinks} is below 0: give 0 or more, such as 4")
-    if limits.recent < 1:
-        raise KvenvError(
-            f"recent {limits.recent} is below 1: a token must attend to itself, so give 1 or more"
-        )
+    limits = Limits(
+        budget=_tokens("budget", budget, at_least=1, usual=256),
+        sinks=_tokens("sinks", sinks, at_least=0, usual=4),
+        recent=_tokens("recent", recent, at_least=1, usual=16),  # a token attends to itself
+    )
     if limits.budget < limits.sinks + limits.recent:
         raise KvenvError(
             f"budget {limits.budget} cannot hold sinks {limits.sinks} + recent {limits.recent} = "
             f"{limits.sinks + limits.recent}: raise budget to that or lower sinks or recent"
         )
     return limits
+
+
+def _tokens(what: str, given: int, *, at_least: int, usual: int) -> int:
+    try:
+        number = operator.index(given)
+    except TypeError:
+        number = None
+    if number is None or number < at_least:
+        raise KvenvError(
+            f"{what} {given!r} is not a whole number of at least {at_least}: give tokens per head, "
+            f"such as {usual}"
+        )
+    return number

@@ -1,4 +1,4 @@
-"""How many pad tokens stand before each row's first true token, and which cache slots they take."""
+"""How many pad tokens stand before each row's first true token, and how many a cache holds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kvenv.errors import KvenvError
 CURE = "pass attention_mask=inputs['attention_mask'] (all ones if nothing is padded)"
 
 
-def left_padding(attention_mask: torch.Tensor) -> list[int]:
+def _count_pads(attention_mask: torch.Tensor) -> list[int]:
     """Pad tokens at the head of every row of a 2D attention mask (B, S).
 
     Raises:
@@ -43,7 +43,7 @@ class LeftPadding:
 
     def restart(self, attention_mask: torch.Tensor | None) -> None:
         """Forget the batch; ``attention_mask`` (B, S) is the next one's."""
-        self._given = None if attention_mask is None else left_padding(attention_mask)
+        self._given = None if attention_mask is None else _count_pads(attention_mask)
         self._length = 0 if attention_mask is None else attention_mask.shape[1]
         self._rows: list[int] | None = None
         self._offsets: dict[torch.device, torch.Tensor] = {}
@@ -69,8 +69,8 @@ class LeftPadding:
             self._offsets[device] = torch.tensor(self._rows, device=device).view(-1, 1, 1)
         return self._offsets[device]
 
-    def slots(self, seen: int, held: int) -> list[int] | None:
-        """Leading pad slots per row when ``held`` of ``seen`` tokens are kept; None if none.
+    def leading(self, seen: int, held: int) -> list[int] | None:
+        """Pads that lead each row when ``held`` of ``seen`` tokens are kept; None if none.
 
         Pads are the first to go, so what the kept tokens do not fill is the padding less all that
         was evicted. The model's own mask, cut to its last ``held`` columns, masks the same slots.

@@ -36,12 +36,12 @@ class CacheScorer:
         missing = _not_covered(scorer, heads)
         if missing and fallback is None:
             raise KvenvError(
-                f"{name(scorer)} has no scores for {_listed(missing, heads)}: pass fallback= a "
+                f"{_name(scorer)} has no scores for {_listed(missing, heads)}: pass fallback= a "
                 "scorer that has them, such as the knorm agent's"
             )
         if fallback is not None and (left := _not_covered(fallback, missing)):
             raise KvenvError(
-                f"neither {name(scorer)} nor the fallback {name(fallback)} has scores for "
+                f"neither {_name(scorer)} nor the fallback {_name(fallback)} has scores for "
                 f"{_listed(left, heads)}: pass a fallback= for every head, such as the knorm "
                 "agent's"
             )
@@ -60,8 +60,8 @@ class CacheScorer:
 
     def __repr__(self) -> str:
         if self._fallback is None or not self._missing:
-            return name(self._scorer)
-        return f"{name(self._scorer)} or {name(self._fallback)}"
+            return _name(self._scorer)
+        return f"{_name(self._scorer)} or {_name(self._fallback)}"
 
     @torch.no_grad()
     def score(
@@ -98,12 +98,9 @@ class CacheScorer:
         other = self._fallback.age_term
         if term is None and other is None:
             return None
-        zero = torch.zeros(age.shape, device=age.device)
-        return torch.where(
-            missing,
-            zero if other is None else other(layer, age),
-            zero if term is None else term(layer, age),
-        )
+        none = torch.zeros(age.shape, device=age.device)
+        added = (none if one is None else one(layer, age) for one in (other, term))
+        return torch.where(missing, *added)
 
     def check(self, layer: int, scores: torch.Tensor, positions: torch.Tensor) -> None:
         """Raise KvenvError naming layer and head if a true token's score is NaN (synchronises)."""
@@ -122,7 +119,7 @@ class CacheScorer:
         return missing
 
 
-def name(scorer: Scorer) -> str:
+def _name(scorer: Scorer) -> str:
     """How messages call a scorer."""
     return type(scorer).__name__
 
@@ -135,7 +132,7 @@ def _check_usable(scorer: Scorer) -> None:
         )
     if scorer.needs:
         raise KvenvError(
-            f"{name(scorer)} needs {', '.join(sorted(scorer.needs))}, which a cache cannot give "
+            f"{_name(scorer)} needs {', '.join(sorted(scorer.needs))}, which a cache cannot give "
             "yet: use a scorer of keys, values and positions"
         )
 
@@ -163,7 +160,7 @@ def _ask(
         scores = scorer.score(layer, keys, values, positions.clamp(min=0))
         if scores.shape != positions.shape:
             raise KvenvError(
-                f"{name(scorer)}.score gave shape {tuple(scores.shape)} in layer {layer}: it must "
+                f"{_name(scorer)}.score gave shape {tuple(scores.shape)} in layer {layer}: it must "
                 f"be (batch, KV heads, tokens) = {tuple(positions.shape)}"
             )
         return scores.to(keys.device, torch.float32)

@@ -51,9 +51,10 @@ class EvictionLayer(DynamicLayer):
         super().__init__()
         self._layer, self._limits = layer, limits
         self._scorer, self._padding = scorer, padding
-        self._clear()
+        self.reset()
 
-    def _clear(self) -> None:
+    def reset(self) -> None:
+        """Forget everything."""
         self.keys = self.values = None
         self.is_initialized = False
         self._positions = torch.empty(0, 0, 0, dtype=torch.int64)  # (B, H, held); pads negative
@@ -189,7 +190,7 @@ class EvictionLayer(DynamicLayer):
     def _score_all(
         self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, seen: int
     ) -> torch.Tensor:
-        pads = self._padding.slots(seen, positions.shape[-1])
+        pads = self._padding.leading(seen, positions.shape[-1])
         return self._scorer.score(self._layer, keys, values, positions, pads)
 
     def _own(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -222,10 +223,6 @@ class EvictionLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         """Tokens seen, kept or not: the index of the next one."""
         return self._seen
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self._clear()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last tokens, as a plain cache would.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,14 +56,26 @@ class Decoding:
     sample: bool = False
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise KvenvError(f"max-new-tokens is {self.max_new_tokens}: it must be at least 1")
+
     def tokens(self, task: Task) -> int:
         """The budget in tokens a head."""
-        if self.budget <= 0:
+        if not 0 < self.budget < math.inf:
             raise KvenvError(
-                f"budget {self.budget:g} keeps nothing: give tokens a head, or a share below 1"
+                f"budget {self.budget:g} keeps nothing or has no bound: give tokens a head, or a "
+                "share of the prompt below 1"
             )
         if self.budget < 1:
-            return round(self.budget * (task.cut or task.tokens.shape[1]))
+            prompt = task.cut or task.tokens.shape[1]
+            budget, least = round(self.budget * prompt), max(1, self.sinks + self.recent)
+            if budget < least:
+                raise KvenvError(
+                    f"budget {self.budget:g} of {prompt} prompt tokens is {budget}, below sinks "
+                    f"{self.sinks} + recent {self.recent}: raise it, or lower sinks or recent"
+                )
+            return budget
         if self.budget != int(self.budget):
             raise KvenvError(f"budget {self.budget:g} is neither whole tokens nor a share below 1")
         return int(self.budget)

@@ -55,8 +55,8 @@ def measure(
         tick: called after every episode.
 
     Raises:
-        KvenvError: on sets of different models, a scorer of another model, or heads that are not
-            recorded.
+        KvenvError: on sets of different models, a scorer of another model, heads that are not
+            recorded or that the scorers do not share, NaN scores, or a prompt of sinks alone.
     """
     same_model(traces)
     for scorer in scorers.values():
@@ -66,6 +66,11 @@ def measure(
     for scorer in scorers.values():
         if scorer.heads is not None:
             chosen = [head for head in chosen if head in scorer.heads]
+    if not chosen:
+        raise KvenvError(
+            f"no head is covered by all of {', '.join(scorers)}: measure them one by one, or give "
+            "other --heads"
+        )
     layers = sorted({layer for layer, _ in chosen})
     needs = frozenset[str]().union(*(scorer.needs for scorer in scorers.values()))
     results: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in scorers}
@@ -73,7 +78,13 @@ def measure(
     documents: list[str] = []
     for traces_ in traces:
         for index in range(len(traces_)):
-            documents.append(traces_.info(index).document)
+            info = traces_.info(index)
+            if info.n <= ut.SINKS:
+                raise KvenvError(
+                    f"episode {index} of {traces_.path} has {info.n} prompt tokens: sink-free "
+                    f"figures need more than {ut.SINKS}, record longer prompts"
+                )
+            documents.append(info.document)
             rows: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {
                 name: [] for name in scorers
             }

@@ -97,7 +97,8 @@ def policy_gradient(
     """
     with torch.no_grad():
         order = sample_rankings(scores, samples, generator)
-        mass = (utility / utility.sum(-1, keepdim=True).clamp_min(1e-30)).to(scores.dtype)
+        mass = utility / utility.sum(-1, keepdim=True).clamp_min(1e-30)
+        mass = mass.to(scores.dtype)
         curves = mass.expand(order.shape).gather(-1, order).cumsum(-1)
         advantage = advantages(curves, credit)
         # Shifting by the row's maximum changes no probability and keeps exp in range.

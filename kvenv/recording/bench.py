@@ -16,12 +16,16 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
+from kvenv.errors import KvenvError
 from kvenv.identity import describe
 from kvenv.recording import models
 from kvenv.recording.capture import attention_of
 from kvenv.recording.recorder import episode
 from kvenv.recording.workload import Sample
 from kvenv.trace import Manifest, TraceWriter
+
+FUTURE = 64
+"""Tokens of an episode that are the future."""
 
 
 def run(name: str, lengths: Sequence[int], repeats: int, console: Console) -> dict[str, Any]:
@@ -33,11 +37,22 @@ def run(name: str, lengths: Sequence[int], repeats: int, console: Console) -> di
 
     Args:
         name: the model.
-        lengths: episode lengths S; the last 64 tokens are the future.
+        lengths: episode lengths S; the last `FUTURE` tokens are the future.
         repeats: timed runs of each; the median counts.
         console: where the table goes.
+
+    Raises:
+        KvenvError: on no repeats, or a length too short to have a prompt or beyond the context.
     """
+    if repeats < 1:
+        raise KvenvError(f"repeats is {repeats}: it must be at least 1")
     model, tokenizer = models.load(name)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if wrong := [n for n in lengths if n <= FUTURE or n > (limit or n)]:
+        raise KvenvError(
+            f"tokens {wrong} do not fit: give lengths above {FUTURE} within the context of {name}, "
+            f"{limit or 'any'}"
+        )
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         for length in lengths:
@@ -45,7 +60,7 @@ def run(name: str, lengths: Sequence[int], repeats: int, console: Console) -> di
             tokens = torch.randint(
                 5, model.config.get_text_config().vocab_size, (length,), generator=generator
             )
-            sample = Sample(tokens[:-64].tolist(), tokens[-64:].tolist(), "bench")
+            sample = Sample(tokens[:-FUTURE].tolist(), tokens[-FUTURE:].tolist(), "bench")
             manifest = Manifest(
                 model=describe(model, tokenizer),
                 workload="bench",

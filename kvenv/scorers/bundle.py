@@ -142,10 +142,7 @@ class NetworkScorer(Pointwise):
             (scratch / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             scratch.chmod(0o755)
             if folder.exists():
-                old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-                folder.rename(old / "replaced")
-                scratch.rename(folder)
-                shutil.rmtree(old)
+                _replace(folder, scratch)
             else:
                 scratch.rename(folder)
         except (OSError, SafetensorError) as error:
@@ -268,6 +265,20 @@ def _load_weights(network: PerHeadMLP, path: Path) -> None:
                 "export the agent again from a sound checkpoint"
             )
     network.load_state_dict(state)
+
+
+def _replace(folder: Path, scratch: Path) -> None:
+    """Put ``scratch`` in the place of ``folder``, which comes back if that fails."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        folder.rename(aside / "replaced")
+        try:
+            scratch.rename(folder)
+        except OSError:
+            (aside / "replaced").rename(folder)
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _unwritable(folder: Path, error: Exception) -> KvenvError:

@@ -73,7 +73,8 @@ class PerHeadMLP(nn.Module):
         heads: the (layer, KV head) pairs, in the order of the batch.
         inputs: F.
         hidden: widths of the hidden layers.
-        generator: initialises the weights (uniform, +-1/sqrt(fan-in), as torch's Linear does).
+        generator: initialises the weights (uniform, +-1/sqrt(fan-in), as torch's Linear does);
+            None leaves zeros, for weights that are loaded.
     """
 
     mean: torch.Tensor
@@ -94,8 +95,10 @@ class PerHeadMLP(nn.Module):
         for fan_in, fan_out in itertools.pairwise(widths):
             bound = fan_in**-0.5
             for shape, into in (((fan_in, fan_out), self.weights), ((1, fan_out), self.biases)):
-                tensor = torch.empty(len(self.heads), *shape)
-                into.append(nn.Parameter(tensor.uniform_(-bound, bound, generator=generator)))
+                tensor = torch.zeros(len(self.heads), *shape)
+                if generator is not None:
+                    tensor.uniform_(-bound, bound, generator=generator)
+                into.append(nn.Parameter(tensor))
         self.register_buffer("mean", torch.zeros(len(self.heads), 1, inputs))
         self.register_buffer("std", torch.ones(len(self.heads), 1, inputs))
 

@@ -92,3 +92,54 @@ def model() -> Callable[[str], PreTrainedModel]:
         return built
 
     return get
+
+
+@pytest.fixture(scope="session")
+def batch() -> Callable[..., dict[str, torch.Tensor]]:
+    """Random token ids and their mask, each row but the first padded if ``padded``."""
+
+    def batch(rows: int, tokens: int, padded: bool = False) -> dict[str, torch.Tensor]:
+        draw = torch.Generator().manual_seed(rows)
+        ids = torch.randint(1, 128, (rows, tokens), generator=draw)
+        mask = torch.ones_like(ids)
+        for row in range(1, rows) if padded else ():
+            mask[row, : 4 * row] = 0
+            ids[row, : 4 * row] = 0
+        return {"input_ids": ids, "attention_mask": mask}
+
+    return batch
+
+
+@pytest.fixture(scope="session")
+def generate() -> Callable[..., torch.Tensor]:
+    """What a model writes after a batch with a cache."""
+
+    def generate(model, inputs, cache, **ways):
+        torch.manual_seed(5)
+        ways = {"max_new_tokens": 12, "do_sample": False} | ways
+        return model.generate(**inputs, past_key_values=cache, **ways)
+
+    return generate
+
+
+@pytest.fixture(scope="session")
+def run() -> Callable[..., torch.Tensor]:
+    """Logits (rows, tokens, vocabulary) of forward passes over ``steps`` tokens at a time."""
+
+    def run(lm, cache, ids, mask, steps):
+        seen, logits = 0, []
+        for q in steps:
+            upto = mask[:, : seen + q]
+            position_ids = (upto.cumsum(-1) - 1).clamp(min=0)[:, seen:]
+            with torch.no_grad():
+                step = lm(
+                    input_ids=ids[:, seen : seen + q],
+                    attention_mask=upto,
+                    position_ids=position_ids,
+                    past_key_values=cache,
+                )
+            logits.append(step.logits)
+            seen += q
+        return torch.cat(logits, 1)
+
+    return run

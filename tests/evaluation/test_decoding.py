@@ -1,0 +1,147 @@
+"""Decoding a prompt: with which budget, from where, and what it says it cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kvenv.errors import KvenvError
+from kvenv.evaluation.decoding import Decoding, Task, decode, encode, from_episode
+from kvenv.recording import models, recorder
+from kvenv.recording.workload import Sample
+from kvenv.scorers import load_scorer
+from kvenv.trace import TraceSet
+
+PROMPT = torch.randint(256, (1, 60), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def pair(checkpoints) -> tuple[Any, Any]:
+    return models.load(str(checkpoints(0)))
+
+
+@pytest.mark.parametrize(
+    ("budget", "cut", "tokens"), [(32, 0, 32), (1000, 0, 1000), (0.5, 0, 30), (0.5, 44, 22)]
+)
+def test_a_budget_is_tokens_or_a_share(budget: float, cut: int, tokens: int) -> None:
+    assert Decoding(budget, sinks=2, recent=3).tokens(Task(PROMPT, cut)) == tokens
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        (0, "budget 0 keeps nothing"),
+        (-0.5, "budget -0.5 keeps nothing"),
+        (float("nan"), "budget nan"),
+        (float("inf"), "budget inf"),
+        (1.5, "budget 1.5 is neither whole tokens nor a share below 1"),
+        (0.1, "budget 0.1 of 60 prompt tokens is 6, below sinks 4 [+] recent 16: raise it"),
+    ],
+)
+def test_impossible_budgets(budget: float, message: str) -> None:
+    with pytest.raises(KvenvError, match=message):
+        Decoding(budget).tokens(Task(PROMPT))
+
+
+def test_some_tokens_must_be_asked_for() -> None:
+    with pytest.raises(KvenvError, match="max-new-tokens is 0"):
+        Decoding(32, max_new_tokens=0)
+
+
+def test_an_ample_budget_decodes_what_the_full_cache_does(pair) -> None:
+    settings = Decoding(1000, max_new_tokens=12)
+    full = decode(*pair, Task(PROMPT), settings, None)
+    ample = decode(*pair, Task(PROMPT), settings, load_scorer("knorm"))
+    assert ample.text == full.text
+    assert full.seen == full.kept == ample.seen == ample.kept == 60 + 12 - 1
+    # 2 layers of keys and values, 2 heads of 8 float32 numbers.
+    assert full.nbytes == 71 * 2 * 2 * 2 * 8 * 4
+
+
+def test_a_bounded_cache_holds_its_budget(pair) -> None:
+    result = decode(*pair, Task(PROMPT), Decoding(24, max_new_tokens=9), load_scorer("knorm"))
+    assert (result.kept, result.seen) == (24, 68)
+    assert result.nbytes == 24 * 2 * 2 * 2 * 8 * 4
+    assert result.rate > 0
+
+
+def test_a_cut_evicts_before_the_rest_is_seen(pair) -> None:
+    """The rest meets a cache of the cut's survivors; a full cache does not notice a cut."""
+    whole, cut = Task(PROMPT), Task(PROMPT, cut=50)
+    settings = Decoding(8, sinks=1, recent=2, max_new_tokens=16)
+    full = [decode(*pair, task, settings, None).text for task in (whole, cut)]
+    assert full[0] == full[1]
+    scorer = load_scorer("random")
+    small = [decode(*pair, task, settings, scorer) for task in (whole, cut)]
+    assert small[0].text != small[1].text
+    assert small[0].kept == small[1].kept == 8
+
+
+def test_sampling_follows_its_seed(pair) -> None:
+    texts = [
+        decode(*pair, Task(PROMPT), Decoding(32, sample=True, seed=seed, max_new_tokens=16), None).text
+        for seed in (1, 1, 2)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_streaming_prints_the_text(pair, capsys) -> None:
+    result = decode(*pair, Task(PROMPT), Decoding(32, max_new_tokens=8), None, stream=True)
+    assert capsys.readouterr().out.strip() == result.text.strip()
+
+
+def test_text_goes_through_the_chat_template_where_there_is_one(checkpoints) -> None:
+    tokenizer = models.load_tokenizer(str(checkpoints(0)))
+    assert tokenizer.decode(encode("Hello", tokenizer).tokens[0]) == "Hello"
+    tokenizer.chat_template = "<{{ messages[0].role }}>{{ messages[0].content }}</>"
+    assert tokenizer.decode(encode("Hello", tokenizer).tokens[0]) == "<user>Hello</>"
+    assert tokenizer.decode(encode("Hello", tokenizer, chat=False).tokens[0]) == "Hello"
+    with pytest.raises(KvenvError, match="prompt is empty"):
+        encode("", tokenizer, chat=False)
+
+
+class Asked:
+    """Every other episode asks its question only after the prompt."""
+
+    def sample(self, index, *, tokenizer, rng, prompt_tokens, future_tokens, seed):
+        ids = list(range(prompt_tokens + future_tokens))
+        facts = {
+            "task": "niah_single",
+            "answers": ["7", "8"],
+            "question": "[which] numbers?",
+            "question_tokens": 3,
+            "prompting": "agnostic" if index else "aware",
+        }
+        return Sample(ids[:prompt_tokens], ids[prompt_tokens:], "document", facts)
+
+
+@pytest.fixture(scope="module")
+def asked(pair, tmp_path_factory: pytest.TempPathFactory) -> TraceSet:
+    out: Path = tmp_path_factory.mktemp("asked") / "set"
+    return recorder.record(
+        *pair, Asked(), out, episodes=2, prompt_tokens=30, future_tokens=8, name="asked"
+    )
+
+
+def test_an_episode_s_prompt(asked, pair) -> None:
+    model, tokenizer = pair
+    aware = from_episode(asked, 0, tokenizer, model)
+    assert aware.tokens.tolist() == [list(range(30))]
+    assert (aware.cut, aware.answers, aware.kind) == (0, ("7", "8"), "niah_single")
+    assert aware.note == (
+        "asked episode 0, 30 prompt tokens; question: [which] numbers?; expected: 7, 8"
+    )
+    agnostic = from_episode(asked, 1, tokenizer, model)
+    assert agnostic.tokens.tolist() == [list(range(33))]
+    assert agnostic.cut == 30
+    assert agnostic.judge("it is 7 and 9") == "50% right"
+    assert Task(PROMPT).judge("anything") == "-"
+
+
+def test_an_episode_of_another_model(asked, checkpoints) -> None:
+    other, tokenizer = models.load(str(checkpoints(1)))
+    with pytest.raises(KvenvError, match=f"recorded from {checkpoints(0)}, not {checkpoints(1)}"):
+        from_episode(asked, 0, tokenizer, other)

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvenv.errors import KvenvError
+from kvenv.learning import episodes
+from kvenv.learning.episodes import (
+    choose_heads,
+    read_heads,
+    same_model,
+    split_documents,
+    stream,
+)
+from kvenv.trace import TraceSet
+
+LENGTHS = ((40, 6), (24, 5), (33, 7))
+
+
+@pytest.fixture(scope="module")
+def traces(tiny_traces: Callable[..., TraceSet], tmp_path_factory: pytest.TempPathFactory):
+    return tiny_traces(tmp_path_factory.mktemp("traces") / "tiny", LENGTHS)
+
+
+@pytest.mark.parametrize("heads", [[(1, 0), (1, 1), (3, 0), (3, 1)], [(3, 1), (1, 1)], [(1, 0)]])
+def test_a_batch_holds_the_prompt_of_each_head_in_the_order_asked(
+    traces: TraceSet, heads: list[tuple[int, int]]
+):
+    for index, (n, _) in enumerate(LENGTHS):
+        batch = read_heads(traces, index, heads)
+        assert batch.positions.tolist() == [list(range(n))] * len(heads)
+        for row, head in enumerate(heads):
+            whole = traces.head(index, *head)
+            np.testing.assert_array_equal(batch.keys[row], whole.keys[:n])
+            np.testing.assert_array_equal(batch.values[row], whole.values[:n])
+            np.testing.assert_array_equal(batch.utility[row], whole.utility)
+        for tensor in (batch.keys, batch.values, batch.utility):
+            assert tensor.dtype == torch.float32
+
+
+def test_a_stream_gives_the_episodes_in_order(traces: TraceSet):
+    order = [(0, 2), (1, 0), (0, 2), (0, 1)]
+    heads = [(1, 1), (3, 0)]
+    given_ = list(stream([traces, traces], order, heads))
+    assert len(given_) == 4
+    for batch, (_, index) in zip(given_, order, strict=True):
+        assert torch.equal(batch.keys, read_heads(traces, index, heads).keys)
+    assert list(stream([traces], [], heads)) == []
+
+
+def test_a_stream_reads_one_episode_ahead_and_no_more(
+    traces: TraceSet, monkeypatch: pytest.MonkeyPatch
+):
+    started = 0
+    ahead = threading.Event()
+
+    def counted(*args: object):
+        nonlocal started
+        started += 1
+        ahead.set()
+        return read_heads(*args)
+
+    monkeypatch.setattr(episodes, "read_heads", counted)
+    endless = ((0, i % 3) for i in itertools.count())  # a stream that hoarded would never return
+    data = stream([traces], endless, [(1, 0)])
+    for used in range(1, 20):
+        next(data)
+        assert started <= used + 1
+    assert ahead.wait(5)
+    data.close()
+    assert started <= 20
+
+
+def test_a_failed_read_is_raised_where_the_episode_is_wanted(traces: TraceSet):
+    data = stream([traces], [(0, 0), (0, 7), (0, 1)], [(1, 0)])
+    assert next(data).keys.shape == (1, 40, 8)
+    with pytest.raises(KvenvError, match="no episode 7"):
+        next(data)
+
+
+def test_sets_of_different_models_are_an_error_that_names_both(
+    tiny_traces: Callable[..., TraceSet], traces: TraceSet, tmp_path: Path
+):
+    other = tiny_traces(tmp_path / "other", fingerprint="other")
+    same_model([traces, traces])
+    with pytest.raises(KvenvError) as caught:
+        same_model([traces, traces, other])
+    assert str(traces.path) in str(caught.value)
+    assert str(other.path) in str(caught.value)
+    with pytest.raises(KvenvError, match="no trace sets"):
+        same_model([])
+
+
+def test_heads_are_those_that_every_set_recorded(
+    tiny_traces: Callable[..., TraceSet], traces: TraceSet, tmp_path: Path
+):
+    other = tiny_traces(tmp_path / "other", layers=(0, 3))
+    assert choose_heads([traces], None) == [(1, 0), (1, 1), (3, 0), (3, 1)]
+    assert choose_heads([traces, other], None) == [(3, 0), (3, 1)]
+    assert choose_heads([traces], [(3, 1), (1, 0), (3, 1)]) == [(1, 0), (3, 1)]
+    with pytest.raises(
+        KvenvError, match=r"heads \[\(1, 0\), \(3, 2\)\] are not recorded"
+    ) as caught:
+        choose_heads([traces, other], [(3, 0), (3, 2), (1, 0)])
+    assert "layers there are [3] with KV heads [0, 1]" in str(caught.value)
+
+
+class Documents:
+    """As much of a trace set as splitting looks at."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def info(self, index: int) -> Documents:
+        return Documents([self.names[index]])
+
+    @property
+    def document(self) -> str:
+        return self.names[0]
+
+
+@given(
+    st.lists(st.lists(st.sampled_from([f"d{i}" for i in range(30)])), min_size=1, max_size=3),
+    st.integers(2, 12),
+)
+def test_no_document_is_on_both_sides(names: list[list[str]], every: int):
+    sets = [Documents(part) for part in names]
+    train, held = split_documents(sets, every)
+    everything = [(w, i) for w, part in enumerate(names) for i in range(len(part))]
+    assert sorted(train + held) == everything
+    ours, theirs = ({names[w][i] for w, i in part} for part in (train, held))
+    assert not ours & theirs
+    documents = len(ours | theirs)
+    if documents < 2:
+        assert not held
+    else:
+        assert train
+        assert len(theirs) == max(1, len(range(every // 2, documents, every)))
+
+
+def test_about_a_tenth_of_the_documents_is_held_out(traces: TraceSet):
+    train, held = split_documents([Documents([f"d{i // 2}" for i in range(60)])])
+    assert len(train) == 54
+    assert held == [(0, i) for i in (10, 11, 30, 31, 50, 51)]
+    assert split_documents([traces]) == ([(0, 0), (0, 2)], [(0, 1)])

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kvenv import plugins
+from kvenv.errors import KvenvError
+from kvenv.scorers import NetworkScorer, load_scorer
+from kvenv.trace import TraceSet
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_traces: Callable[..., TraceSet], tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("trained")
+    scorer = plugins.load("agent", "kvp")(steps=1).fit([tiny_traces(folder / "traces")])
+    scorer.save_pretrained(folder / "mine")
+    return folder / "mine"
+
+
+@pytest.mark.parametrize("form", [str, Path])
+def test_a_bundles_folder(trained: Path, form: type):
+    scorer = load_scorer(form(trained))
+    assert isinstance(scorer, NetworkScorer)
+    assert scorer.training["agent"] == "kvp"
+
+
+def test_a_shipped_trained_agent(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "trained").mkdir()
+    trained_copy = tmp_path / "trained" / "kvp-tiny"
+    NetworkScorer.from_pretrained(trained).save_pretrained(trained_copy)
+    monkeypatch.setattr(plugins, "shipped_folder", lambda name: tmp_path)
+    assert isinstance(load_scorer("kvp-tiny"), NetworkScorer)
+
+
+def test_a_heuristic():
+    assert type(load_scorer("knorm")).__name__ == "KNorm"
+
+
+@pytest.mark.parametrize("form", [str, Path])
+def test_an_agents_file(tmp_path: Path, form: type):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from kvenv.learning.agent import Heuristic\nclass Mine(Heuristic):\n    pass\n"
+    )
+    assert type(load_scorer(form(path))).__name__ == "Mine"
+
+
+def test_an_agent_that_has_to_be_trained_is_an_error_that_says_how():
+    with pytest.raises(KvenvError, match="'kvp' has to be trained first: run `kvenv train kvp"):
+        load_scorer("kvp")
+
+
+def test_an_unknown_agent_is_an_error_that_names_those_there_are():
+    with pytest.raises(KvenvError, match=r"unknown agent 'knrom'.*knorm.*streaming"):
+        load_scorer("knrom")
+
+
+def test_a_folder_that_is_no_bundle_is_an_error(tmp_path: Path):
+    with pytest.raises(KvenvError, match="is not a bundle"):
+        load_scorer(tmp_path)
