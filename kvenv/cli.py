@@ -67,7 +67,9 @@ class _Formatter(DefaultHelpFormatter):
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         # Without its twin --option+ and the flags of --print-config.
-        return re.sub(r", --\w+\+.*| \[=flags\]", "", super()._format_action_invocation(action))
+        return re.sub(
+            r", --\w+\+.*|\s*\x08?\[=flags\]", "", super()._format_action_invocation(action)
+        )
 
 
 class _Parser(ArgumentParser):
@@ -199,11 +201,9 @@ def _parse(
     documented = _documented(command)
     for key in positional:
         parameter = inspect.signature(command).parameters[key]
-        optional = (
-            {}
-            if parameter.default is parameter.empty
-            else {"nargs": "?", "default": argparse.SUPPRESS}
-        )
+        optional: dict[str, Any] = {}
+        if parameter.default is not parameter.empty:
+            optional = {"nargs": "?", "default": argparse.SUPPRESS}  # --config may still give it
         parser.add_argument(key, type=hints[key], help=documented.get(key, ""), **optional)
     if plugin is not None:
         parser.add_class_arguments(plugin, as_group=True)
@@ -213,11 +213,12 @@ def _parse(
     return values
 
 
-def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+def _hints(function: Any) -> dict[str, Any]:
     """The types of a function's or a class's arguments, those of inherited fields included."""
+    names = inspect.signature(function).parameters
     fields = is_dataclass(function) or not inspect.isclass(function)
     hints = typing.get_type_hints(function if fields else function.__init__)
-    return {key: hints[key] for key in inspect.signature(function).parameters if key in hints}
+    return {name: hints[name] for name in names if name in hints}
 
 
 def _spell(rest: list[str], hints: dict[str, Any]) -> list[str]:

@@ -131,7 +131,7 @@ def emphasise(utility: Array, share: float, sinks: int = SINKS) -> Array:
     whole = _torch(utility).double()
     rest = whole.clone()
     rest[..., :sinks] = 0
-    parts = [part / part.sum(-1, keepdim=True).clamp_min(1e-30) for part in (whole, rest)]
+    parts = [part / part.sum(-1, keepdim=True).clamp_min(1e-300) for part in (whole, rest)]
     return _like((1 - share) * parts[0] + share * parts[1], utility)
 
 

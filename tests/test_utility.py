@@ -211,6 +211,33 @@ def test_without_sinks_drops_the_first_four_tokens():
     assert ut.without_sinks(array, 1).shape == (2, 5)
 
 
+@given(problems(), st.floats(0, 1), st.integers(0, 5))
+def test_an_emphasised_utility_blends_plain_and_sink_free_retention(
+    problem: tuple[np.ndarray, np.ndarray], share: float, sinks: int
+):
+    utility, scores = problem
+    order = ut.ranking(scores)
+    blend = ut.emphasise(utility, share, sinks)
+    assert (
+        blend.tobytes() == ut.emphasise(torch.from_numpy(utility), share, sinks).numpy().tobytes()
+    )
+    for row in range(len(utility)):
+        whole = utility[row].astype(np.float64)
+        rest = np.where(np.arange(len(whole)) < sinks, 0, whole)
+        held = [a[order[row]].cumsum() / (a.sum() or 1) for a in (whole, rest)]
+        expected = (1 - share) * held[0] + share * held[1]
+        np.testing.assert_allclose(blend[row, order[row]].cumsum(), expected, atol=1e-12)
+
+
+def test_an_emphasised_utility_by_hand():
+    utility = np.array([6.0, 0.0, 0.0, 0.0, 3.0, 1.0])
+    np.testing.assert_allclose(ut.emphasise(utility, 0.0), utility / 10)
+    np.testing.assert_allclose(ut.emphasise(utility, 1.0), [0, 0, 0, 0, 0.75, 0.25])
+    np.testing.assert_allclose(ut.emphasise(utility, 0.5), [0.3, 0, 0, 0, 0.525, 0.175])
+    assert utility[0] == 6
+    assert not ut.emphasise(np.zeros(6), 0.5).any()
+
+
 @given(st.floats(0, 1, exclude_min=True), st.integers(1, 10_000))
 def test_a_fraction_of_the_prompt_is_the_nearest_number_of_tokens(fraction: float, n: int):
     tokens = ut.budget_tokens(fraction, n)

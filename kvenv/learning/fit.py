@@ -55,6 +55,8 @@ class Optimisation:
         for name in ("steps", "batch"):
             if getattr(self, name) < 1:
                 raise KvenvError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.seed < 0:
+            raise KvenvError(f"seed is {self.seed}: it must be at least 0")
         if not self.lr > 0:
             raise KvenvError(f"lr is {self.lr}: it must be positive")
 

@@ -12,6 +12,8 @@ from typing import Literal
 
 import torch
 
+from kvenv.errors import KvenvError
+
 Credit = Literal["reward_to_go", "plain"]
 
 
@@ -94,7 +96,12 @@ def policy_gradient(
 
     Returns:
         (..., n), to be handed to ``scores.backward(gradient)``; averaged over the K rankings.
+
+    Raises:
+        KvenvError: on fewer than two rankings.
     """
+    if samples < 2:
+        raise KvenvError(f"samples is {samples}: the leave-one-out baseline needs at least 2")
     with torch.no_grad():
         order = sample_rankings(scores, samples, generator)
         mass = utility / utility.sum(-1, keepdim=True).clamp_min(1e-30)

@@ -42,6 +42,13 @@ class Run:
     tensorboard: Path | None = None
     progress: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("checkpoint_every", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise KvenvError(
+                    f"{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1"
+                )
+
 
 def save_checkpoint(
     folder: Path, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]

@@ -61,6 +61,8 @@ class NetworkScorer(Pointwise):
     ) -> torch.Tensor:
         """Scores (B, H, n) float32 of a layer's tokens; see `kvenv.scorers.base.Scorer.score`."""
         batch, heads, n, _ = keys.shape
+        if all(layer != at for at, _ in self.network.heads):
+            return keys.new_full((batch, heads, n), torch.nan, dtype=torch.float32)
         network, rows = self._layer(layer, keys.device)
         x = features(keys[:, rows], values[:, rows], positions[:, rows], self.architecture.features)
         scores = network(x.transpose(0, 1).reshape(len(rows), batch * n, -1))
@@ -75,11 +77,6 @@ class NetworkScorer(Pointwise):
         """The networks of one layer, on a device, and the KV heads they belong to."""
         if layer not in self._layers:
             rows = [i for i, head in enumerate(self.network.heads) if head[0] == layer]
-            if not rows:
-                trained = sorted({head[0] for head in self.network.heads})
-                raise KvenvError(
-                    f"{self!r} has no scorer for layer {layer}: it has layers {trained}"
-                )
             heads = [self.network.heads[i] for i in rows]
             part = PerHeadMLP(heads, self.network.mean.shape[-1], self.architecture.hidden)
             state = {name: tensor[rows] for name, tensor in self.network.state_dict().items()}
@@ -203,13 +200,17 @@ class NetworkScorer(Pointwise):
 
 
 def is_bundle(folder: str | Path) -> bool:
-    """Whether a folder looks like a bundle."""
-    return (Path(folder) / CONFIG).is_file() and (Path(folder) / WEIGHTS).is_file()
+    """Whether a folder holds a bundle (and not a model, whose files have the same names)."""
+    try:
+        config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("format") == FORMAT
 
 
 def _local(source: str | Path) -> Path:
     if Path(source).exists():
-        if not is_bundle(source):
+        if not all((Path(source) / name).is_file() for name in (CONFIG, WEIGHTS)):
             raise KvenvError(
                 f"{str(source)!r} is not a bundle: it should hold {CONFIG} and {WEIGHTS}"
             )

@@ -82,7 +82,9 @@ def test_a_cut_evicts_before_the_rest_is_seen(pair) -> None:
 
 def test_sampling_follows_its_seed(pair) -> None:
     texts = [
-        decode(*pair, Task(PROMPT), Decoding(32, sample=True, seed=seed, max_new_tokens=16), None).text
+        decode(
+            *pair, Task(PROMPT), Decoding(32, sample=True, seed=seed, max_new_tokens=16), None
+        ).text
         for seed in (1, 1, 2)
     ]
     assert texts[0] == texts[1] != texts[2]

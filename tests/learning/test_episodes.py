@@ -30,7 +30,9 @@ def traces(tiny_traces: Callable[..., TraceSet], tmp_path_factory: pytest.TempPa
     return tiny_traces(tmp_path_factory.mktemp("traces") / "tiny", LENGTHS)
 
 
-@pytest.mark.parametrize("heads", [[(1, 0), (1, 1), (3, 0), (3, 1)], [(3, 1), (1, 1)], [(1, 0)]])
+@pytest.mark.parametrize(
+    "heads", [[(1, 0), (1, 1), (3, 0), (3, 1)], [(3, 1), (1, 1), (3, 0)], [(1, 0)]]
+)
 def test_a_batch_holds_the_prompt_of_each_head_in_the_order_asked(
     traces: TraceSet, heads: list[tuple[int, int]]
 ):

@@ -89,7 +89,7 @@ def fit_until(
 @pytest.mark.parametrize("credit", ["reward_to_go", "plain"])
 def test_it_learns_a_planted_utility(planted: tuple[TraceSet, TraceSet], credit: str):
     train, test = planted
-    agent = kvp(steps=200, samples=6, lr=1e-2, hidden=[], credit=credit)
+    agent = kvp(steps=200, samples=8, lr=3e-2, hidden=[], credit=credit)
     scorer = agent.fit([train], run=Run(validation=[test]))
     assert scorer.metrics["closure"] > 0.95
     assert scorer.metrics["sink_free"] > 0.95
@@ -99,7 +99,7 @@ def test_it_learns_a_planted_utility(planted: tuple[TraceSet, TraceSet], credit:
 
 def test_each_head_learns_for_itself(planted: tuple[TraceSet, TraceSet]):
     train, test = planted
-    scorer = kvp(steps=200, samples=6, lr=1e-2, hidden=[]).fit([train], heads=[(3, 0), (1, 1)])
+    scorer = kvp(steps=200, samples=8, lr=3e-2, hidden=[]).fit([train], heads=[(3, 0), (1, 1)])
     assert scorer.network.heads == ((1, 1), (3, 0))
     (measured,) = measure([test], {"kvp": scorer})
     assert (measured.full["closure"].mean(0) > 0.95).all()
@@ -179,7 +179,16 @@ def test_a_seed_decides_every_weight(traces: TraceSet):
 
 
 @pytest.mark.parametrize(
-    "change", [{"credit": "plain"}, {"samples": 4}, {"batch": 2}, {"lr": 1e-3}, {"steps": 13}]
+    "change",
+    [
+        {"credit": "plain"},
+        {"sink_free": 0.0},
+        {"samples": 4},
+        {"batch": 2},
+        {"lr": 1e-3},
+        {"weight_decay": 0.0},
+        {"steps": 13},
+    ],
 )
 def test_every_option_has_an_effect(traces: TraceSet, change: dict[str, Any]):
     assert not same(kvp().fit([traces]), kvp(**change).fit([traces]))
@@ -350,7 +359,8 @@ def test_a_killed_command_goes_on_where_it_was(
         ({"samples": 1}, "samples is 1"),
         ({"seed": -1}, "seed is -1"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1"),
-        ({"credit": "partial"}, "credit"),
+        ({"sink_free": 1.5}, "sink_free is 1.5"),
+        ({"sink_free": -0.1}, "sink_free is -0.1"),
         ({"hidden": [0]}, "hidden"),
         ({"features": ["age"]}, "features"),
     ],

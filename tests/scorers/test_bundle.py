@@ -72,16 +72,21 @@ def test_scores_are_those_of_each_heads_network():
 
 
 def test_heads_it_was_not_trained_for_are_nan():
-    part, given = make(((1, 1), (3, 0))), tokens()
-    assert part.heads == {(1, 1), (3, 0)}
-    assert part.score(1, *given).isnan().all(-1).tolist() == [[True, False]] * 2
-    assert part.score(3, *given).isnan().any(-1).tolist() == [[False, True]] * 2
+    wide = replace(INFO, kv_heads=4)
+    whole, part = make(((1, 0), (1, 1), (1, 3)), model=wide), make(((1, 0), (1, 3)), model=wide)
+    part.network.load_state_dict({k: x[[0, 2]] for k, x in whole.network.state_dict().items()})
+    assert part.heads == {(1, 0), (1, 3)}
+    given = tokens(heads=4)
+    scores = part.score(1, *given)
+    assert scores.isnan().all(-1).tolist() == [[False, True, True, False]] * 2
+    torch.testing.assert_close(scores[:, [0, 3]], whole.score(1, *given)[:, [0, 3]])
 
 
-def test_a_layer_it_was_not_trained_for_is_an_error():
-    message = error_of(lambda: make().score(2, *tokens()))
-    assert "layer 2" in message
-    assert "[1, 3]" in message
+def test_a_layer_it_was_not_trained_for_is_nan():
+    scores = make().score(2, *tokens())
+    assert scores.shape == (2, 2, 9)
+    assert scores.dtype == torch.float32
+    assert scores.isnan().all()
 
 
 def test_position_features_reach_the_network():
@@ -129,12 +134,16 @@ def test_saving_replaces_a_bundle_and_leaves_nothing_else(saved: Path):
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 
 
-def test_saving_replaces_nothing_but_a_bundle(tmp_path: Path):
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
-    message = error_of(lambda: make().save_pretrained(tmp_path / "thesis"))
+@pytest.mark.parametrize("config", [None, '{"model_type": "llama"}', "not JSON"])
+def test_saving_replaces_nothing_but_a_bundle(tmp_path: Path, config: str | None):
+    folder = tmp_path / "precious"
+    folder.mkdir()
+    (folder / "model.safetensors").write_text("weeks of work")
+    if config is not None:
+        (folder / "config.json").write_text(config)
+    message = error_of(lambda: make().save_pretrained(folder))
     assert "not a bundle" in message
-    assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years of work"
+    assert (folder / "model.safetensors").read_text() == "weeks of work"
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["new", "replacing"])
