@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
+from kvenv.errors import KvenvError
 from kvenv.learning.fit import Optimisation, fit
 from kvenv.learning.plackett_luce import Credit, policy_gradient
 from kvenv.learning.run import Run
@@ -51,6 +52,10 @@ class KVP:
     seed: int = 0
 
     trains = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sink_free <= 1:
+            raise KvenvError(f"sink_free is {self.sink_free}: it is a share, from 0 to 1")
 
     def fit(
         self,

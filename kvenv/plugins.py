@@ -97,4 +97,9 @@ def _only_class(kind: Kind, module: ModuleType, path: Path) -> type:
             f"{kind} file {str(path)!r} must define exactly one public class with a {method}() "
             f"method; it defines {names}"
         )
+    if kind == "agent" and not isinstance(getattr(classes[0], "trains", None), bool):
+        raise KvenvError(
+            f"agent file {str(path)!r}: its class must say trains = True if fit() learns from "
+            "traces, trains = False if not"
+        )
     return classes[0]

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kvenv import cli, commands
+from kvenv import cli, commands, parsing
 from kvenv.errors import KvenvError
 from kvenv.trace import TraceSet
 
@@ -236,7 +236,7 @@ def test_a_bare_generate_is_greedy(work) -> None:
     ],
 )
 def test_lists_are_given_with_commas(text: str, hint: Any, spelt: str) -> None:
-    assert cli._value(text, hint) == spelt
+    assert parsing._value(text, hint) == spelt
 
 
 @pytest.mark.parametrize(

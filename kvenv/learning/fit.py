@@ -57,8 +57,10 @@ class Optimisation:
                 raise KvenvError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.seed < 0:
             raise KvenvError(f"seed is {self.seed}: it must be at least 0")
-        if not self.lr > 0:
+        if not 0 < self.lr < math.inf:
             raise KvenvError(f"lr is {self.lr}: it must be positive")
+        if not 0 <= self.weight_decay < math.inf:
+            raise KvenvError(f"weight_decay is {self.weight_decay}: it must be at least 0")
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
@@ -192,6 +194,11 @@ def evaluate(
     full, free = [], []
     with torch.no_grad():
         for episode in data:
+            if episode.utility.shape[-1] <= ut.SINKS:
+                raise KvenvError(
+                    f"a held-out episode has {episode.utility.shape[-1]} prompt tokens: sink-free "
+                    f"figures need more than {ut.SINKS}, record longer prompts"
+                )
             scores = network(_features(episode, architecture))
             full.append(ut.closure(episode.utility, scores).mean())
             free.append(

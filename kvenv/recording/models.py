@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import InvalidVersion
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import (
@@ -172,6 +173,10 @@ def _source(name: str) -> str | Path:
                 f"model folder {name!r} has no .safetensors weights, and kvenv reads no pickled "
                 "ones: save the model again with save_pretrained"
             )
+        if not any(Path(name).glob("tokenizer*")):
+            raise KvenvError(
+                f"model folder {name!r} has no tokenizer: save it there too with save_pretrained"
+            )
     return name
 
 
@@ -212,7 +217,7 @@ def _convert(module: Path, packaged: Packaged, folder: Path) -> None:
         save_file(weights, scratch / "model.safetensors", metadata={"format": "pt"})
         # transformers refuses save_pretrained on a GGUF model; without this entry the result is
         # an ordinary checkpoint.
-        delattr(model.config, "quantization_config")
+        vars(model.config).pop("quantization_config", None)
         model.config.save_pretrained(scratch)
         model.generation_config.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
@@ -222,6 +227,10 @@ def _convert(module: Path, packaged: Packaged, folder: Path) -> None:
         except OSError:
             if not folder.is_dir():  # else another process finished first
                 raise
+    except InvalidVersion as error:  # Python 3.10 with transformers before 5.17
+        raise KvenvError(
+            f"this transformers cannot read {packaged.wheel}: update it to 5.17 or newer"
+        ) from error
     except (OSError, SafetensorError) as error:
         raise _unwritable(folder, error) from error
     finally:

@@ -1,4 +1,4 @@
-"""Scorers by name: a bundle's folder, a shipped trained agent, a heuristic, or an agent file."""
+"""Scorers by name: a shipped agent, a bundle's folder, a heuristic, or an agent file."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ def load_scorer(agent: str | Path) -> Scorer:
     """What ranks a cache's tokens, ready for `EvictionCache` and evaluation.
 
     Args:
-        agent: a bundle's folder, a heuristic's name, or the path of an agent file.
+        agent: a heuristic's or a shipped trained agent's name, a bundle's folder, or the path of
+            an agent file. A shipped name wins over a folder of that name.
 
     Raises:
         KvenvError: if there is none, or it is an agent that has to be trained first.
     """
-    for folder in (Path(agent), plugins.shipped_folder("agents") / "trained" / agent):
-        if folder.is_dir():
-            return NetworkScorer.from_pretrained(folder)
+    shipped = plugins.shipped_folder("agents")
+    trained = shipped / "trained" / agent
+    if trained.is_dir():
+        return NetworkScorer.from_pretrained(trained)
+    if Path(agent).is_dir() and not (shipped / f"{agent}.py").is_file():
+        return NetworkScorer.from_pretrained(agent)
     plugin = plugins.load("agent", str(agent))
     if plugin.trains:
         raise KvenvError(

@@ -66,7 +66,7 @@ def edit(file: str, **changes: Any) -> Callable[[Path], None]:
         (edit("config.json", model_type="nosuch"), "cannot be loaded .*nosuch"),
         (edit("config.json", hidden_size=64), "cannot be loaded"),
         (lambda f: (f / "model.safetensors").write_bytes(b"x" * 9), "cannot be loaded"),
-        (lambda f: [p.unlink() for p in f.glob("tokenizer*")], "cannot be loaded .*tokenizer"),
+        (lambda f: [p.unlink() for p in f.glob("tokenizer*")], "has no tokenizer"),
     ],
 )
 def test_damaged_folders(folder: Path, spoil: Callable[[Path], None], message: str) -> None:

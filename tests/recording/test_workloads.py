@@ -184,7 +184,7 @@ def test_score_is_the_share_found_or_any_for_qa() -> None:
     [
         ({"tasks": ["niah"]}, 500, 99, "'niah'"),
         ({"tasks": []}, 500, 99, "no RULER tasks"),
-        ({"keys": 0}, 500, 99, "keys is 0"),
+        ({"needle_keys": 0}, 500, 99, "needle_keys is 0"),
         ({"split": "dev"}, 500, 99, "split 'dev'"),
         ({"haystack": "hay"}, 500, 99, "haystack 'hay'"),
         ({"tasks": ["cwe"]}, 60, 99, "prompt_tokens 60 is too small for cwe: give at least"),
