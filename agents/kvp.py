@@ -40,7 +40,7 @@ class KVP:
         seed: of initial weights, episode order and sampled rankings.
     """
 
-    steps: int = 700
+    steps: int = 1000
     samples: int = 8
     credit: Credit = "reward_to_go"
     sink_free: float = 0.8

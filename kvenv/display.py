@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -40,7 +41,7 @@ def progress_bar(unit: str, shown: bool = True) -> Progress:
     """
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=10),
         MofNCompleteColumn(),
         TextColumn(unit),
         TimeElapsedColumn(),
@@ -54,11 +55,27 @@ def progress_bar(unit: str, shown: bool = True) -> Progress:
 
 def print_summary(traces: TraceSet) -> None:
     """What a trace set holds, as a table."""
-    table = Table(title=str(traces.path), show_header=False, title_justify="left")
-    for key, value in summary(traces).items():
-        shown = f"{value:,}" if type(value) is int else str(value)  # a bool is no number here
-        table.add_row(key, shown)
+    facts = summary(traces)
+    title = facts.pop("path")
+    table = Table(title=title, show_header=False, title_justify="left")
+    for key, value in facts.items():
+        table.add_row(key.replace("_", " "), _fact(key, value))
     console.print(table)
+
+
+def _fact(key: str, value: Any) -> str:
+    if key == "bytes":
+        return decimal(value)
+    if isinstance(value, dict):  # what is not None, and lists without their quotes
+        given = {k: v for k, v in value.items() if v is not None}
+        pairs = ((k, ",".join(map(str, v)) if isinstance(v, list) else v) for k, v in given.items())
+        return ", ".join(f"{k}={v}" for k, v in pairs)
+    if isinstance(value, list):
+        whole = len(value) > 2 and value == list(range(value[0], value[-1] + 1))
+        return f"{value[0]} to {value[-1]}" if whole else ", ".join(map(str, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no: run the same record command again"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def print_results(result: Mapping[str, Any]) -> None:

@@ -155,7 +155,7 @@ def test_inspect_tells_and_verifies(work, capsys) -> None:
     assert kvenv("inspect", "traces0", "--verify") == 0
     text = capsys.readouterr().out
     assert "all 2 shards match their checksums" in text
-    for key, value in (("model", "model0"), ("complete", "True"), ("prompt_tokens", "96")):
+    for key, value in (("model", "model0"), ("complete", "yes"), ("prompt tokens", "96")):
         assert re.search(rf"{key}\s+│ {value} ", text)
 
 

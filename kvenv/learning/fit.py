@@ -139,7 +139,7 @@ def fit(
     steps, batch = optimisation.steps, optimisation.batch
     data = stream(traces, _order(episodes, optimisation.seed, start * batch, steps * batch), chosen)
     with progress_bar("steps", run.progress) as progress:
-        bar = progress.add_task(f"training {agent}", total=steps, completed=start, note="")
+        bar = progress.add_task(agent, total=steps, completed=start, note="")
         for step in range(start, steps):
             for group in optimiser.param_groups:
                 group["lr"] = optimisation.rate(step)
@@ -154,7 +154,7 @@ def fit(
             if held and (done % run.evaluate_every == 0 or done == steps):
                 measured = evaluate(network, architecture, stream(held_sets, held, chosen))
                 closure, free = measured["closure"], measured["sink_free"]
-                note = f"held-out closure {closure:.3f} (sink-free {free:.3f})"
+                note = f"closure {closure:.3f} sink-free {free:.3f}"
                 progress.update(bar, note=note)
                 if logger is not None:
                     for name, value in measured.items():

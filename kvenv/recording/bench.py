@@ -1,16 +1,20 @@
-"""What recording costs: an episode recorded, against a plain forward pass over the same tokens."""
+"""What recording costs: episodes recorded to disk, against plain forward passes over them."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import statistics
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -20,20 +24,26 @@ from kvenv.errors import KvenvError
 from kvenv.identity import describe
 from kvenv.recording import models
 from kvenv.recording.capture import attention_of
-from kvenv.recording.recorder import episode
+from kvenv.recording.recorder import WriteBehind, episode
 from kvenv.recording.workload import Sample
 from kvenv.trace import Manifest, TraceWriter
 
 FUTURE = 64
 """Tokens of an episode that are the future."""
 
+EPISODES = 4
+"""Recorded in a row, so that writing one overlaps with computing the next, as in a recording."""
+
+WAYS = {
+    "forward": "model(ids), the plain forward pass",
+    "last_logits": "the same without the logits that nobody reads (logits_to_keep=1)",
+    "record": "kvenv: captured, converted, written to disk, synced and hashed",
+    "output_attentions": "transformers' own way to get at attention",
+}
+
 
 def run(name: str, lengths: Sequence[int], repeats: int, console: Console) -> dict[str, Any]:
-    """Time and memory of the three ways to run a model over an episode, interleaved.
-
-    ``plain`` is the model's own forward pass (logits of the last position only), ``record`` the
-    same pass captured, converted and written to disk, ``output_attentions`` the way transformers
-    offers to get at attention.
+    """Time and memory of four ways to run a model over an episode, interleaved.
 
     Args:
         name: the model.
@@ -47,81 +57,69 @@ def run(name: str, lengths: Sequence[int], repeats: int, console: Console) -> di
     if repeats < 1:
         raise KvenvError(f"repeats is {repeats}: it must be at least 1")
     model, tokenizer = models.load(name)
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
     if wrong := [n for n in lengths if n <= FUTURE or n > (limit or n)]:
         raise KvenvError(
             f"tokens {wrong} do not fit: give lengths above {FUTURE} within the context of {name}, "
             f"{limit or 'any'}"
         )
+    info = describe(model, tokenizer)
+    manifest = Manifest(info, "bench", {}, 0, 10**6, "future", {}, ())
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         for length in lengths:
-            generator = torch.Generator().manual_seed(length)
-            tokens = torch.randint(
-                5, model.config.get_text_config().vocab_size, (length,), generator=generator
-            )
-            sample = Sample(tokens[:-FUTURE].tolist(), tokens[-FUTURE:].tolist(), "bench")
-            manifest = Manifest(
-                model=describe(model, tokenizer),
-                workload="bench",
-                arguments={},
-                seed=0,
-                episodes=10**6,
-                queries="future",
-                libraries={},
-                shards=(),
-            )
-            writer = TraceWriter(Path(scratch) / str(length), manifest, shard_episodes=1)
-            ways: dict[str, Callable[[], object]] = {
-                "plain": lambda t=tokens: _plain(model, t),
-                "record": lambda s=sample, w=writer: w.add(
-                    episode(model, s, w.manifest.model.layers, "future", 0)
-                ),
-                "output_attentions": lambda t=tokens: _attentions(model, t),
-            }
-            seconds, peaks = _measure(ways, repeats)
-            row: dict[str, Any] = {"tokens": length}
-            for way in ways:
-                row[way] = {
-                    "seconds": seconds[way],
-                    "ratio": seconds[way] / seconds["plain"],
-                    "peak_bytes": peaks[way],
+            random = torch.Generator().manual_seed(length)
+            tokens = torch.randint(5, config.vocab_size, (length,), generator=random)
+            with TraceWriter(Path(scratch) / str(length), manifest) as writer:
+                ways: dict[str, Callable[[], object]] = {
+                    "forward": partial(_forward, model, tokens),
+                    "last_logits": partial(_forward, model, tokens, logits_to_keep=1),
+                    "record": partial(_record, model, tokens, writer),
+                    "output_attentions": partial(_attentions, model, tokens),
                 }
-            rows.append(row)
-    table = Table("tokens", "way", "seconds", "x plain", "peak memory", title=f"recording {name}")
+                rows.append({"tokens": length, **_measure(ways, repeats)})
+    _show(rows, name, console)
+    return {"bench": "record", "model": name, "repeats": repeats, "ways": WAYS, "rows": rows}
+
+
+def _show(rows: Sequence[dict[str, Any]], name: str, console: Console) -> None:
+    table = Table(title=f"recording {name}, an episode")
+    for column in ("tokens", "way", "seconds", "x forward", "x last_logits", "peak memory"):
+        table.add_column(column, justify="left" if column == "way" else "right")
     for row in rows:
-        for way in ("plain", "record", "output_attentions"):
-            figures = row[way]
-            table.add_row(
-                str(row["tokens"]),
-                way,
-                f"{figures['seconds']:.3f}",
-                f"{figures['ratio']:.3f}",
-                f"{figures['peak_bytes'] / 2**20:,.0f} MiB",
-            )
+        for way in WAYS:
+            seconds = row[way]["seconds"]
+            ratios = [seconds / row[base]["seconds"] for base in ("forward", "last_logits")]
+            peak = f"{row[way]['peak_bytes'] / 2**20:,.0f} MiB"
+            cells = [f"{number:.3f}" for number in (seconds, *ratios)]
+            table.add_row(str(row["tokens"]), way, *cells, peak)
     console.print(table)
-    return {"bench": "record", "model": name, "repeats": repeats, "rows": rows}
 
 
-def _plain(model: PreTrainedModel, tokens: torch.Tensor) -> None:
+def _forward(model: PreTrainedModel, tokens: torch.Tensor, **options: Any) -> None:
     with torch.inference_mode():
-        model(tokens.unsqueeze(0), use_cache=False, logits_to_keep=1)
+        model(tokens.unsqueeze(0), use_cache=False, **options)
 
 
 def _attentions(model: PreTrainedModel, tokens: torch.Tensor) -> None:
-    # eager is the only implementation that returns attention weights
-    with torch.inference_mode(), attention_of(model, "eager"):
-        model(tokens.unsqueeze(0), use_cache=False, logits_to_keep=1, output_attentions=True)
+    with attention_of(model, "eager"):  # the only one that returns attention weights
+        _forward(model, tokens, output_attentions=True)
 
 
-def _measure(
-    ways: dict[str, Callable[[], object]], repeats: int
-) -> tuple[dict[str, float], dict[str, int]]:
-    """Median seconds, and peak resident bytes above the start, of each way; runs interleave."""
+def _record(model: PreTrainedModel, tokens: torch.Tensor, writer: TraceWriter) -> None:
+    sample = Sample(tokens[:-FUTURE].tolist(), tokens[-FUTURE:].tolist(), "bench")
+    layers = writer.manifest.model.layers
+    with WriteBehind(writer) as behind:
+        for _ in range(EPISODES):
+            behind.add(episode(model, sample, layers, "future", 0))
+
+
+def _measure(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:
+    """Median seconds an episode, and peak resident bytes above the start; the runs interleave."""
     times: dict[str, list[float]] = {way: [] for way in ways}
     peaks: dict[str, int] = {}
     for way, call in ways.items():  # warm up, and watch memory apart from the timed runs
-        gc.collect()
         call()
         peaks[way] = _peak(call)
     for _ in range(repeats):
@@ -129,19 +127,26 @@ def _measure(
             gc.collect()
             began = time.perf_counter()
             call()
-            times[way].append(time.perf_counter() - began)
-    return {way: statistics.median(values) for way, values in times.items()}, peaks
+            spent = time.perf_counter() - began
+            times[way].append(spent / EPISODES if way == "record" else spent)
+    return {
+        way: {"seconds": statistics.median(times[way]), "peak_bytes": peaks[way]} for way in ways
+    }
 
 
 def _peak(call: Callable[[], object]) -> int:
     """Peak resident memory during a call, above what it was before, in bytes."""
-    before = highest = _resident()
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # glibc only: give freed pages back first
+        ctypes.CDLL(None).malloc_trim(0)
+    process = psutil.Process()
+    before = highest = process.memory_info().rss
     stop = threading.Event()
 
     def watch() -> None:
         nonlocal highest
         while not stop.wait(0.002):
-            highest = max(highest, _resident())
+            highest = max(highest, process.memory_info().rss)
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -151,9 +156,3 @@ def _peak(call: Callable[[], object]) -> int:
         stop.set()
         watcher.join()
     return highest - before
-
-
-def _resident() -> int:
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)

@@ -6,9 +6,11 @@ there: for the output, for the column sums that make the utility, and for the co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from kvenv.errors import KvenvError
 from kvenv.identity import full_attention_layers
 
 NAME = "kvenv_capture"
-BLOCK = 256
+BLOCK = 128
 """Queries whose attention is held at once."""
 
 
@@ -34,7 +36,8 @@ class Capture:
         layers: recorded layers, in the model's own numbers.
         query_from: the first position whose queries are kept.
         keys, values: layer -> (H_kv, S, d) float16 on the CPU.
-        queries: layer -> (H_q, Q, d) float16 on the CPU.
+        queries: layer -> (H_q, Q, d) float16 on the CPU, scaled so that the attention logits are
+            q . k / sqrt(d) whatever the model's own factor is.
         utility_sum, utility_max, past_sum: layer -> (H_kv, n) float32 on the CPU.
     """
 
@@ -74,33 +77,45 @@ def blockwise_attention(
         value: (H_kv, S, d).
         n: prompt tokens; positions n..S-1 are the future.
         scaling: factor on the logits.
-        block: queries held at once; memory is O(block * S) for each query head.
+        block: queries held at once; memory is O(block * S) for each query head of a group.
 
     Returns:
-        output (H_q, S, d) in the input's dtype; past, utility_sum, utility_max (H_kv, n) float32.
+        output (S, H_q, d) in the input's dtype; past, utility_sum, utility_max (H_kv, n) float32.
     """
     heads, length, d = key.shape
     group = query.shape[0] // heads
-    output = torch.empty_like(query)
+    output = query.new_empty(length, heads * group, d)
     past, total, largest = (torch.zeros(heads, n, device=key.device) for _ in range(3))
     starts = sorted({*range(0, n, block), *range(n, length, block)})  # no block straddles n
-    hidden = torch.ones(block, block, dtype=torch.bool, device=key.device).triu_(1)
-    for start, end in zip(starts, [*starts[1:], length], strict=True):
-        rows = end - start
-        packed = query[:, start:end].reshape(heads, group * rows, d)
-        logits = torch.matmul(packed * scaling, key[:, :end].transpose(1, 2)).float()
-        square = logits.view(heads, group, rows, end)[..., start:]
-        square.masked_fill_(hidden[:rows, :rows], -torch.inf)
-        weights = torch.softmax(logits, dim=-1)
-        mixed = torch.matmul(weights.to(value.dtype), value[:, :end])
-        output[:, start:end] = mixed.view(heads * group, rows, d)
+    later = torch.full((block, block), -torch.inf, device=key.device).triu_(1)
+    ones = torch.ones(group * block, device=key.device)
+    # One block's attention at a time, always in the same memory: fresh pages cost time.
+    held = torch.empty(group * block * length, device=key.device)
+    for head, (start, end) in product(range(heads), pairwise([*starts, length])):
+        rows, mine = end - start, slice(head * group, (head + 1) * group)
+        packed = (query[mine, start:end] * scaling).reshape(group * rows, d)
+        weights = held[: group * rows * end].view(group * rows, end)
+        _product(packed, key[head, :end].t(), weights)
+        square = weights.view(group, rows, end)[..., start:]
+        square += later[:rows, :rows]
+        torch.softmax(weights, dim=-1, out=weights)
+        mixed = weights.to(value.dtype) @ value[head, :end]
+        output[start:end, mine] = mixed.view(group, rows, d).transpose(0, 1)
+        seen = weights[:, :n].t()
         if start < n:
-            past[:, :end] += weights.sum(1)
+            past[head, :end].addmv_(seen, ones[: group * rows])
         else:
-            seen = weights[..., :n]
-            total += seen.sum(1)
-            torch.maximum(largest, seen.amax(1), out=largest)
+            total[head].addmv_(seen, ones[: group * rows])
+            torch.maximum(largest[head], seen.amax(1), out=largest[head])
     return output, past, total, largest
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    """A @ b in their own dtype, written as float32."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(a @ b)
 
 
 def _attention(
@@ -129,16 +144,17 @@ def _attention(
     output, past, total, largest = blockwise_attention(query[0], key[0], value[0], n, scale)
     kept.keys[layer] = _float16(key[0], layer, "keys")
     kept.values[layer] = _float16(value[0], layer, "values")
-    kept.queries[layer] = _float16(query[0, :, kept.query_from :], layer, "queries")
+    queries = query[0, :, kept.query_from :] * (scale * query.shape[-1] ** 0.5)
+    kept.queries[layer] = _float16(queries, layer, "queries")
     kept.past_sum[layer] = past.cpu().numpy()
     kept.utility_sum[layer] = total.cpu().numpy()
     kept.utility_max[layer] = largest.cpu().numpy()
-    return output.transpose(0, 1).unsqueeze(0).contiguous(), None
+    return output.unsqueeze(0), None
 
 
 def _float16(tensor: torch.Tensor, layer: int, what: str) -> np.ndarray:
     half = tensor.to(torch.float16)
-    if not torch.isfinite(half).all():
+    if not math.isfinite(half.sum(dtype=torch.float32)):  # one pass; infinities and NaN survive it
         head = int((~torch.isfinite(half)).any(-1).any(-1).nonzero()[0])
         largest = float(tensor[head].abs().max())
         raise KvenvError(

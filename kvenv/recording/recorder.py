@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import Self
 
 import kvenv
 from kvenv import identity
@@ -111,7 +113,7 @@ def record(
         shards=(),
     )
     bar = progress_bar("episodes", progress)
-    with TraceWriter(out, manifest, shard_episodes) as writer, bar:
+    with TraceWriter(out, manifest, shard_episodes) as writer, WriteBehind(writer) as behind, bar:
         task = bar.add_task("recording", total=episodes, completed=writer.done, note="")
         tokens = 0
         for index in range(writer.done, episodes):
@@ -126,7 +128,7 @@ def record(
             _check(sample, prompt_tokens, future_tokens, model, generate)
             if generate is not None:
                 sample = continued(model, tokenizer, sample, future_tokens, generate, seed, index)
-            writer.add(episode(model, sample, info.layers, queries, seed))
+            behind.add(episode(model, sample, info.layers, queries, seed))
             tokens += len(sample.prompt) + len(sample.future)
             rate = tokens / max(bar.tasks[task].elapsed or 0.0, 1e-3)
             bar.update(task, completed=index + 1, note=f"{rate:,.0f} tokens/s")
@@ -153,6 +155,37 @@ def _check(
             f"workload gave token {wrong[0]} for {sample.document!r}: "
             f"{model.config._name_or_path} has tokens 0..{vocabulary - 1}"
         )
+
+
+class WriteBehind:
+    """Writes one episode while the next is computed, and reports what went wrong in between.
+
+    Args:
+        writer: the trace set; at most one episode waits for it.
+    """
+
+    def __init__(self, writer: TraceWriter) -> None:
+        self._writer = writer
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._thread.shutdown(wait=True)
+        if kind is None:
+            self.wait()
+
+    def add(self, arrays: EpisodeArrays) -> None:
+        """Hand an episode over; raises what the one before ran into."""
+        self.wait()
+        self._pending = self._thread.submit(self._writer.add, arrays)
+
+    def wait(self) -> None:
+        """Until the last episode is with the writer; raises what it ran into."""
+        if self._pending is not None:
+            self._pending.result()
 
 
 def episode(

@@ -195,7 +195,7 @@ def test_blockwise_attention_is_attention(data: st.DataObject) -> None:
     hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
     p = logits.masked_fill(hidden, -torch.inf).softmax(-1)
     expected = (
-        (p @ v[:, None].double()).view(heads * group, length, d),
+        (p @ v[:, None].double()).view(heads * group, length, d).transpose(0, 1),
         p[:, :, :n, :n].sum((1, 2)),
         p[:, :, n:, :n].sum((1, 2)),
         p[:, :, n:, :n].amax((1, 2)),
@@ -267,3 +267,16 @@ def test_soft_capped_attention_is_refused() -> None:
     ).eval()
     with pytest.raises(KvenvError, match="layer 0 soft-caps"):
         capture(model, some_tokens(20), 12)
+
+
+def test_queries_carry_a_model_s_own_scale() -> None:
+    model, tokens, n = gemma3(), some_tokens(30), 20
+    assert model.model.layers[1].self_attn.scaling != model.config.head_dim**-0.5
+    expected = eager(model, tokens)
+    kept, _ = capture(model, tokens, n, query_window=None)
+    for layer in kept.layers:
+        queries = torch.from_numpy(kept.queries[layer]).double()
+        logits = queries @ torch.from_numpy(kept.keys[layer]).double().mT * 8**-0.5
+        hidden = torch.ones(30, 30, dtype=torch.bool).triu(1)
+        weights = logits.masked_fill(hidden, -torch.inf).softmax(-1)
+        torch.testing.assert_close(weights[None], expected[layer], rtol=0, atol=0.02)

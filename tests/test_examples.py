@@ -1,0 +1,88 @@
+"""Every example and every snippet of the README runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kvenv.cli import main
+from kvenv.scorers import load_scorer
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(name: str, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+def test_rank_env_draws_the_oracle(monkeypatch, capsys) -> None:
+    run("rank_env.py", monkeypatch=monkeypatch)
+    assert "closure 1.000" in capsys.readouterr().out
+    picture = np.asarray(Image.open("rank.png"))
+    assert picture.shape == (540, 960, 3)
+    assert picture.std() > 10
+
+
+def test_train_kvp_beats_chance(monkeypatch, capsys) -> None:
+    run("train_kvp.py", "--steps", "30", monkeypatch=monkeypatch)
+    assert load_scorer("kvp").metrics["closure"] > 0.5
+    assert "sink-free" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_generate_stays_within_its_budget(monkeypatch, capsys) -> None:
+    run("generate.py", "--max-new-tokens", "8", monkeypatch=monkeypatch)
+    held = re.search(r"(\d+) of (\d+) tokens held", capsys.readouterr().out)
+    assert held is not None
+    assert int(held[1]) == 128 < int(held[2])
+
+
+@pytest.mark.slow
+def test_a_workload_and_an_agent_of_ones_own() -> None:
+    """The README's two commands, shortened."""
+    commands = re.findall(r"^    kvenv (.*examples/my_.*)$", README, flags=re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        words = shlex.split(command.replace("examples/", f"{EXAMPLES}/"))
+        short = ["--json", "r.json"] if words[0] == "evaluate" else ["--episodes", "2"]
+        assert main([*words, *short]) == 0
+    agents = json.loads(Path("r.json").read_text())["agents"]
+    assert agents.keys() == {"my_agent.py", "knorm", "oracle"}
+
+
+@pytest.mark.slow
+def test_demo(monkeypatch) -> None:
+    sizes = ["--episodes", "2", "--held-out", "2", "--prompt-tokens", "200", "--steps", "4"]
+    run("demo.py", "--out", "demo", *sizes, monkeypatch=monkeypatch)
+    results = json.loads(Path("demo/retention.json").read_text())
+    assert len(results["heads"]) == 90
+    assert results["documents"] == 4
+
+
+def test_the_readme_has_its_three_snippets() -> None:
+    assert len(SNIPPETS) == 3
+
+
+@pytest.mark.parametrize(
+    "snippet",
+    [pytest.param(s, marks=pytest.mark.slow if "generate" in s else ()) for s in SNIPPETS],
+)
+def test_readme_snippets_run(snippet: str) -> None:
+    exec(compile(snippet, "README.md", "exec"), {})
