@@ -88,7 +88,7 @@ def print_results(result: Mapping[str, Any]) -> None:
     agents = result["agents"]
     for kind, title in titles.items():
         table = Table(title=title)
-        table.add_column("agent")
+        table.add_column("agent", min_width=9)
         for heading in RESULT_COLUMNS.values():
             table.add_column(heading, justify="right")
         for name in sorted(agents, key=lambda agent: -agents[agent][kind]["closure"]["mean"]):
