@@ -87,7 +87,7 @@ def print_results(result: Mapping[str, Any]) -> None:
     }
     agents = result["agents"]
     for kind, title in titles.items():
-        table = Table(title=title)
+        table = Table(title=title, show_edge=False)
         table.add_column("agent", min_width=9)
         for heading in RESULT_COLUMNS.values():
             table.add_column(heading, justify="right")

@@ -6,13 +6,17 @@ import importlib
 import importlib.util
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
+import huggingface_hub.constants
 import torch
 from packaging.version import InvalidVersion
 from safetensors import SafetensorError
@@ -25,6 +29,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from kvenv.display import console
 from kvenv.errors import KvenvError
 
 
@@ -85,9 +90,12 @@ def load(
     """
     _check_dtype(dtype)
     source = _source(name)
+    local = not _hub_in_reach()
     with _loading(name), _quiet():
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, local_files_only=local
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
     # Traces, bundles and messages carry the name that the user knows, not the cache folder's.
     model.config._name_or_path = name
     model.eval()
@@ -105,7 +113,18 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of `load`, without the weights. Raises KvenvError as `load` does."""
     source = _source(name)
     with _loading(name):
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, local_files_only=not _hub_in_reach())
+
+
+def _hub_in_reach() -> bool:
+    """Whether the hub's name can be found; if not, asking it would only retry for half a minute."""
+    if getproxies():  # then names are the proxy's to find
+        return True
+    try:
+        socket.getaddrinfo(urlsplit(huggingface_hub.constants.ENDPOINT).hostname, None)
+    except OSError:
+        return False
+    return True
 
 
 def _check_dtype(dtype: str | torch.dtype) -> None:
@@ -194,7 +213,9 @@ def _converted(name: str, packaged: Packaged) -> Path:
         )
     folder = _folder(packaged)
     if not folder.is_dir():
-        _convert(Path(next(iter(spec.submodule_search_locations))), packaged, folder)
+        console.print(f"converting {name} into {folder}, once", markup=False, highlight=False)
+        with _quiet():
+            _convert(Path(next(iter(spec.submodule_search_locations))), packaged, folder)
     return folder
 
 
