@@ -15,7 +15,7 @@ def load_scorer(agent: str | Path) -> Scorer:
 
     Args:
         agent: a heuristic's or a shipped trained agent's name, a bundle's folder, or the path of
-            an agent file. A shipped name wins over a folder of that name.
+            an agent file. A shipped name that gives a scorer wins over a folder of that name.
 
     Raises:
         KvenvError: if there is none, or it is an agent that has to be trained first.
@@ -24,7 +24,8 @@ def load_scorer(agent: str | Path) -> Scorer:
     trained = shipped / "trained" / agent
     if trained.is_dir():
         return NetworkScorer.from_pretrained(trained)
-    if Path(agent).is_dir() and not (shipped / f"{agent}.py").is_file():
+    named = (shipped / f"{agent}.py").is_file()
+    if Path(agent).is_dir() and not (named and not plugins.load("agent", str(agent)).trains):
         return NetworkScorer.from_pretrained(agent)
     plugin = plugins.load("agent", str(agent))
     if plugin.trains:
