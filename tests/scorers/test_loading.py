@@ -60,3 +60,13 @@ def test_an_unknown_agent_is_an_error_that_names_those_there_are():
 def test_a_folder_that_is_no_bundle_is_an_error(tmp_path: Path):
     with pytest.raises(KvenvError, match="is not a bundle"):
         load_scorer(tmp_path)
+
+
+def test_a_folder_hides_no_heuristic_but_a_bundle_may_be_named_like_its_agent(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("kvp", "knorm"):
+        NetworkScorer.from_pretrained(trained).save_pretrained(name)
+    assert isinstance(load_scorer("kvp"), NetworkScorer)
+    assert type(load_scorer("knorm")).__name__ == "KNorm"
