@@ -105,9 +105,9 @@ def _overview() -> str:
 
 def _plugin_help(name: str, kind: plugins.Kind) -> str:
     lines = []
-    for key, _path in plugins.available(kind).items():
+    for key in plugins.available(kind):
         plugin = plugins.load(kind, key)
-        if name != "train" or getattr(plugin, "trains", False):
+        if kind == "workload" or plugin.trains:
             lines.append(f"  {key:<10} {summary_of(plugin).splitlines()[0]}")
     return "\n".join(
         [

@@ -123,7 +123,7 @@ def train(
     from kvenv.learning.run import Run
     from kvenv.scorers.bundle import NetworkScorer, is_bundle
 
-    if not getattr(plugin, "trains", False):
+    if not plugin.trains:
         raise KvenvError(f"agent {name!r} learns nothing: use it by name, e.g. --agents {name}")
     if out.exists() and not is_bundle(out):
         raise KvenvError(f"{str(out)!r} exists and is not a bundle: choose another --out")
@@ -199,14 +199,7 @@ def evaluate(
         "version": 1,
         **statistics.provenance(),
         "model": sets[0].model.id,
-        "traces": [
-            {
-                "workload": t.manifest.workload,
-                "arguments": dict(t.manifest.arguments),
-                "seed": t.manifest.seed,
-            }
-            for t in sets
-        ],
+        "traces": [t.manifest.origin for t in sets],
         **statistics.summarise(measurements),
     }
     print_results(result)
@@ -305,8 +298,8 @@ def bench(
 ) -> None:
     """Measure kvenv against its baseline, both in this process, and print the ratio.
 
-    record: recording an episode, against a plain forward pass over the same tokens and against
-    output_attentions=True; time and peak memory.
+    record: recording an episode, against a plain forward pass over the same tokens, one that skips
+    the logits nobody reads (as the recorder does), and output_attentions=True; time, peak memory.
 
     Args:
         what: record.

@@ -80,7 +80,7 @@ def mean_over_budgets(curve: Array, budgets: Sequence[int] | None = None) -> Arr
 
 
 def reward(utility: Array, scores: Array, budgets: Sequence[int] | None = None) -> Array:
-    """Retention averaged over budgets, (...) float64 (KVP's reward; DESIGN section 1)."""
+    """Retention averaged over budgets, (...) float64 (KVP's reward)."""
     return mean_over_budgets(retention(utility, scores), budgets)
 
 

@@ -34,8 +34,8 @@ def interval(values: np.ndarray, documents: Sequence[str]) -> dict[str, float]:
         documents: the document of each.
 
     Returns:
-        "mean", "low" and "high"; with a single document low and high are NaN-free but equal the
-        mean, since nothing can be said of the spread.
+        "mean", "low" and "high"; of a single document all three are its value, since it says
+        nothing of the spread.
     """
     rows = by_document(values, documents)
     mean = float(rows.mean())

@@ -34,7 +34,7 @@ class HeadBatch:
 
 
 def read_heads(traces: TraceSet, index: int, heads: Sequence[Head]) -> HeadBatch:
-    """Read the prompt of one episode for some heads; only their bytes are read."""
+    """Read the prompt of one episode for some heads; only their layers are read."""
     n, d = traces.info(index).n, traces.model.head_dim
     keys, values = (np.empty((len(heads), n, d), np.float32) for _ in range(2))
     utility = np.empty((len(heads), n), np.float32)

@@ -174,14 +174,7 @@ def fit(
         "seed": optimisation.seed,
         "episodes": len(episodes),
         "held_out_episodes": len(held),
-        "traces": [
-            {
-                "workload": t.manifest.workload,
-                "arguments": dict(t.manifest.arguments),
-                "seed": t.manifest.seed,
-            }
-            for t in traces
-        ],
+        "traces": [t.manifest.origin for t in traces],
         "seconds": round(time.monotonic() - began, 1),
     }
     return NetworkScorer(network, architecture, model, training, measured)

@@ -111,7 +111,7 @@ def blockwise_attention(
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
-    """A @ b in their own dtype, written as float32."""
+    """The matrix product of a and b in their own dtype, written as float32."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     else:

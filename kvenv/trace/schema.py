@@ -126,6 +126,11 @@ class Manifest:
             raise _unusable("episodes in the shards", self.recorded, want)
 
     @property
+    def origin(self) -> dict[str, Any]:
+        """What was recorded, as figures and agents made from it tell: JSON-safe."""
+        return {"workload": self.workload, "arguments": dict(self.arguments), "seed": self.seed}
+
+    @property
     def recorded(self) -> int:
         """Episodes safely on disk."""
         return sum(shard.episodes for shard in self.shards)
