@@ -31,10 +31,10 @@ def main() -> None:
 
     env = gym.make("kvenv/Rank-v0", traces=args.traces, render_mode="rgb_array")
     choice = {"episode": args.episode, "layer": args.layer, "head": args.head}
-    observation, info = env.reset(seed=0, options=choice)
+    _, info = env.reset(seed=0, options=choice)
 
     scores = score(load_scorer(args.agent), TraceSet(args.traces), **choice)
-    action = np.zeros(observation.shape[0], np.float32)
+    action = np.zeros(env.action_space.shape, np.float32)
     # Scores mean only their order, which ranks carry into the action's range [-1, 1].
     action[: info["n"]] = scores.argsort().argsort() / info["n"] * 2 - 1
     _, reward, _, _, info = env.step(action)

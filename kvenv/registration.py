@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import gymnasium
 
-ENTRY_POINTS = {"kvenv/Rank-v0": "kvenv.envs.rank:RankEnv"}
-"""Environment ids and where their classes are, loaded only when one is made."""
+ENVIRONMENTS = {
+    "kvenv/Rank-v0": ("kvenv.envs.rank:RankEnv", "kvenv.envs.vector:RankVectorEnv"),
+    "kvenv/Stream-v0": ("kvenv.envs.stream:StreamEnv", "kvenv.envs.vector:StreamVectorEnv"),
+    "kvenv/Evict-v0": ("kvenv.envs.evict:EvictEnv", "kvenv.envs.vector:EvictVectorEnv"),
+}
+"""Ids, and where the single and the vector environment are; loaded only when one is made."""
 
 
 def register() -> None:
     """Make the kvenv environments known to ``gymnasium.make``; calling it again changes nothing."""
-    for env_id, entry_point in ENTRY_POINTS.items():
+    for env_id, (single, vector) in ENVIRONMENTS.items():
         if env_id not in gymnasium.registry:
-            gymnasium.register(env_id, entry_point=entry_point)
+            gymnasium.register(env_id, entry_point=single, vector_entry_point=vector)

@@ -8,8 +8,7 @@ learners get the same bits from the same numbers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Generic, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -87,68 +86,150 @@ def resolve_budgets(budgets: Sequence[Budget] | None, n: int) -> list[int] | Non
     return u.check_budgets(tokens, n)
 
 
-@dataclass(frozen=True)
-class RankOutcome(Generic[Array]):
-    """What a ranking is worth, each field with the leading dimensions of the scores.
-
-    Attributes:
-        reward: retention averaged over the budgets, (...) float64.
-        closure: (reward - random) / (oracle - random), (...) float64.
-        oracle: the reward of sorting by the utility itself, (...) float64.
-        random: the expected reward of a random ranking, the same for every head.
-        retention: retention at `kvenv.utility.FRACTIONS`, (..., 4) float64.
-    """
-
-    reward: Array
-    closure: Array
-    oracle: Array
-    random: float
-    retention: Array
-
-
-def effective(
-    utility: Array, scores: Array, sinks: int = 0, recent: int = 0, sink_free: bool = False
-) -> tuple[Array, Array]:
-    """The utility and scores that a ranking is judged by, (..., n) or (..., n - 4) each.
-
-    The first ``sinks`` and last ``recent`` tokens are always kept; ``sink_free`` then leaves the
-    first `kvenv.utility.SINKS` tokens out of both arrays.
-    """
-    guarded = u.protect(scores, sinks, recent)
-    if not sink_free:
-        return utility, guarded
-    ranked_tokens(utility.shape[-1], sink_free)
-    return u.without_sinks(utility), u.without_sinks(guarded)
-
-
-def rank_outcome(
-    utility: Array,
-    scores: Array,
-    budgets: Sequence[int] | None = None,
-    sinks: int = 0,
-    recent: int = 0,
-    sink_free: bool = False,
-) -> RankOutcome[Array]:
-    """Judge the rankings that scores sort into.
+def rank_curve(utility: np.ndarray, scores: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """Retention of a batch of rankings of different lengths, as `kvenv.utility.retention` has it.
 
     Args:
-        utility: A, (..., n).
-        scores: (..., n), higher = keep.
-        budgets: in tokens, of n, or of n - 4 if ``sink_free``; None is every one.
-        sinks: first tokens that are always kept.
-        recent: last tokens that are always kept.
-        sink_free: whether to leave the first four tokens out of the utility.
+        utility: A, (N, M), zero from n on.
+        scores: (N, M), -inf from n on.
+        n: tokens of each row, (N,).
+
+    Returns:
+        (N, M) float64; entry b-1 is the share of A held by the first b tokens of the ranking.
     """
-    mass, guarded = effective(utility, scores, sinks, recent, sink_free)
-    curve = u.retention(mass, guarded)
-    n = curve.shape[-1]
-    return RankOutcome(
-        reward=u.mean_over_budgets(curve, budgets),
-        closure=u.closure(mass, guarded, budgets),
-        oracle=u.oracle_reward(mass, budgets),
-        random=u.random_reward(n, budgets),
-        retention=curve[..., [u.budget_tokens(f, n) - 1 for f in u.FRACTIONS]],
-    )
+    order = u.ranking(scores)
+    mass = np.take_along_axis(utility.astype(np.float64), order, -1).cumsum(-1)
+    total = mass[:, -1:]
+    chance = np.arange(1, mass.shape[-1] + 1) / n[:, None]
+    return np.where(total > 0, mass / np.where(total > 0, total, 1.0), chance)
+
+
+def budget_columns(
+    budgets: Sequence[Budget] | None, n: np.ndarray, width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where the budgets of prompts of different lengths stand in their curves.
+
+    Args:
+        budgets: as `resolve_budgets` takes them; None is every one from 1 to n.
+        n: tokens of each prompt, (N,).
+        width: columns of the curves; that index, one too many, stands for no budget.
+
+    Returns:
+        (N, K) indices and (N,) how many of each row are budgets.
+    """
+    if budgets is None:
+        every = np.arange(width)
+        return np.where(every < n[:, None], every, width), n
+    lengths, which = np.unique(n, return_inverse=True)
+    tokens = np.array([resolve_budgets(budgets, m) for m in lengths.tolist()], dtype=np.int64)
+    return tokens[which] - 1, np.full(len(n), tokens.shape[-1])
+
+
+def mean_at(curve: np.ndarray, columns: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """The mean of curves (N, M) over columns (N, K), of which ``count`` (N,) are valid, (N,).
+
+    The same bits as `kvenv.utility.mean_over_budgets`: what is not valid adds zeros at the end.
+    """
+    padded = np.concatenate([curve, np.zeros((len(curve), 1))], -1)
+    return np.take_along_axis(padded, columns, -1).cumsum(-1)[:, -1] / count
+
+
+def closure(reward: np.ndarray, oracle: np.ndarray, random: np.ndarray) -> np.ndarray:
+    """(reward - random) / (oracle - random), as `kvenv.utility.closure` has it."""
+    best = oracle - random
+    flat = best <= 1e-12
+    return np.where(flat, 1.0, (reward - random) / np.where(flat, 1.0, best))
+
+
+def attention(queries: np.ndarray, keys: np.ndarray, drop: int = 0) -> np.ndarray:
+    """The attention that every token's queries pay to every token so far.
+
+    Args:
+        queries: (G, S, d), those of one KV head's group, after RoPE.
+        keys: (S, d).
+        drop: leave the first tokens out: the rest of each row then sums to 1, where there is any.
+
+    Returns:
+        (G, S, S) float32: softmax(q.k / sqrt(d)) over positions up to the query's own, zero beyond.
+    """
+    q, k = torch.from_numpy(queries).float(), torch.from_numpy(keys).float()
+    length = len(k)
+    logits = q @ k.T * q.shape[-1] ** -0.5
+    later = torch.ones(length, length, dtype=torch.bool).triu(1)
+    rows = logits.masked_fill_(later, -torch.inf).softmax(-1)
+    if drop:
+        rest = rows[:, drop:]
+        rest[..., :drop] = 0
+        rest /= rest.sum(-1, keepdim=True).clamp_min(torch.finfo(rest.dtype).tiny)
+    return rows.numpy()
+
+
+def triangle(rows: np.ndarray) -> np.ndarray:
+    """Pack causal rows (..., S, S) one after another, row t as a zero and its t + 1 entries.
+
+    The zero stands where `found` looks for an empty slot.
+
+    Returns:
+        (..., S (S + 3) / 2), see `row_start`.
+    """
+    length = rows.shape[-1]
+    padded = np.zeros((*rows.shape[:-1], length + 1), rows.dtype)
+    padded[..., 1:] = rows
+    return padded[..., np.tril(np.ones((length, length + 1), dtype=bool), 1)]
+
+
+def row_start(t: Any) -> Any:
+    """Where row t of a packed `triangle` holds its entry for position 0."""
+    return t * (t + 3) // 2 + 1
+
+
+def protected(positions: np.ndarray, now: np.ndarray, sinks: int, recent: int) -> np.ndarray:
+    """Which slots may not go: empty ones, sinks, and the last ``recent`` tokens.
+
+    Args:
+        positions: of the tokens in the slots, (N, W), -1 where a slot is empty.
+        now: the newest token's position, (N,).
+        sinks: first tokens of the text that are always kept.
+        recent: last tokens that are always kept, the newest among them.
+    """
+    return (positions < sinks) | (positions > (now - recent)[:, None])
+
+
+def lowest_slot(scores: np.ndarray, positions: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """The slot that goes: of those not ``kept``, the lowest score; of equals, the latest token.
+
+    Args:
+        scores: (N, W).
+        positions: (N, W).
+        kept: (N, W) bool.
+
+    Returns:
+        (N,) indices.
+    """
+    worth = np.where(kept, np.inf, scores)
+    lowest = worth == worth.min(-1, keepdims=True)
+    return np.where(lowest, positions, -2).argmax(-1)
+
+
+def output_change(weights: np.ndarray, values: np.ndarray, full: np.ndarray) -> np.ndarray:
+    """How far the attention output moves when only some tokens are held.
+
+    Args:
+        weights: the attention that each query head pays to the tokens held, (N, G, W).
+        values: of the tokens held, (N, W, d).
+        full: the output over all tokens, (N, G, d).
+
+    Returns:
+        (N,) float64: ||o - o_full|| / ||o_full||, o being renormalised over what is held, averaged
+        over the query heads.
+    """
+    tiny = np.finfo(np.float64).tiny
+    weights = weights.astype(np.float64)
+    share = weights.sum(-1, keepdims=True)
+    held = weights @ values.astype(np.float64) / np.maximum(share, tiny)
+    whole = full.astype(np.float64)
+    size = np.sqrt((whole**2).sum(-1))
+    return (np.sqrt(((held - whole) ** 2).sum(-1)) / np.maximum(size, tiny)).mean(-1)
 
 
 def output_error(

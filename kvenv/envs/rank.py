@@ -2,48 +2,224 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
-import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-from gymnasium.error import ResetNeeded
 
 from kvenv import utility as u
 from kvenv.envs import core
+from kvenv.envs.arena import Arena
+from kvenv.envs.batch import LARGEST, Batch, token_box
 from kvenv.envs.render import RankView, draw_rank, write_rank
-from kvenv.envs.source import Source, check_options, integer
+from kvenv.envs.single import TraceEnv
+from kvenv.envs.source import Source, Traces, integer
 from kvenv.errors import KvenvError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
-LARGEST = float(np.finfo(np.float16).max)
-"""Keys and values are recorded as float16, so no entry is larger."""
+class RankBatch(Batch):
+    """The rules of kvenv/Rank-v0; see `RankEnv` for the arguments."""
 
-OPTIONS = ("episode", "layer", "head", "budgets")
-"""What ``reset(options=...)`` can pick."""
+    env_id = "kvenv/Rank-v0"
+    options = ("episode", "layer", "head", "budgets")
+
+    def __init__(
+        self,
+        num: int,
+        traces: Traces = "sample",
+        layer: int | None = None,
+        head: int | None = None,
+        episodes: Sequence[int] | None = None,
+        reward: Literal["attention", "output"] = "attention",
+        budgets: Sequence[core.Budget] | None = None,
+        sinks: int = 0,
+        recent: int = 0,
+        sink_free: bool = False,
+        max_tokens: int | None = None,
+        flat: bool = True,
+        tokenizer: str | None = None,
+    ) -> None:
+        source = Source(traces, layer, head, episodes)
+        super().__init__(num, source, reward, sinks, recent, sink_free, tokenizer)
+        self.max_tokens = _max_tokens(max_tokens, int(source.n.max()))
+        self.budgets = u.FRACTIONS if budgets is None and reward == "output" else budgets
+        # What no episode, or not the shortest one, could satisfy is told now.
+        core.resolve_budgets(self.budgets, core.ranked_tokens(int(source.n.min()), sink_free))
+        d = source.traces.model.head_dim
+        columns = core.feature_count(d)
+        box = token_box(
+            self.max_tokens, [(2 * d, -LARGEST), (3, 0)], [(2 * d, LARGEST), (1, 1), (1, 2), (1, 1)]
+        )
+        self._shape = box.shape if flat else (self.max_tokens, columns)
+        low, high = box.low.reshape(self._shape), box.high.reshape(self._shape)
+        self.observation_space = spaces.Box(low, high, dtype=np.float32)
+        self.action_space = spaces.Box(-1.0, 1.0, (self.max_tokens,), dtype=np.float32)
+        self._skipped = u.SINKS if sink_free else 0
+        self._width = self.max_tokens - self._skipped
+        self.arena = Arena(
+            len(source.n) * len(source.heads),
+            num,
+            {
+                "rows": ((self.max_tokens * columns,), np.float32),
+                "utility": ((self.max_tokens,), np.float32),
+                "oracle": ((), np.float64),
+            },
+            self._load,
+        )
+        counted = source.n - self._skipped
+        self._default = core.budget_columns(self.budgets, counted, self._width)
+        self._reported = core.budget_columns(u.FRACTIONS, counted, self._width)[0]
+        self._columns = np.zeros((num, self._default[0].shape[1]), dtype=np.int64)
+        self._count, self._all_budgets = np.ones(num, dtype=np.int64), np.ones(num, dtype=bool)
+        self._oracle = np.zeros(num)
+        self._scores: np.ndarray | None = None
+        self._retained, self._change = np.zeros(num), np.zeros(num)
+        self._outcome: dict[str, np.ndarray] = {}
+        self._outputs: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+
+    def _load(self, entry: int) -> dict[str, np.ndarray | float]:
+        episode, head = self.entry(entry)
+        n = int(self.source.n[episode])
+        keys, values = (self.source.read(episode, f, head)[:n] for f in ("keys", "values"))
+        utility = self.source.read(episode, "utility/sum", head)
+        mass = self._counted(utility)
+        budgets = core.resolve_budgets(self.budgets, len(mass))
+        return {
+            "rows": core.features(keys, values, np.arange(n), n, n).ravel(),
+            "utility": utility,
+            "oracle": float(u.oracle_reward(mass, budgets)),
+        }
+
+    def _check(self, episode: np.ndarray, options: Mapping[str, Any]) -> Any:
+        budgets = options.get("budgets")
+        if budgets is None:
+            return None, [table[episode] for table in self._default]
+        counted = self.source.n[episode] - self._skipped
+        return budgets, core.budget_columns(budgets, counted, self._width)
+
+    def _begin(self, which: np.ndarray, extra: Any) -> None:
+        budgets, (columns, count) = extra
+        short = columns.shape[1] - self._columns.shape[1]
+        if short > 0:
+            self._columns = np.pad(self._columns, ((0, 0), (0, short)), constant_values=self._width)
+        self._columns[which, columns.shape[1] :] = self._width  # stands for no budget
+        self._columns[which, : columns.shape[1]] = columns
+        self._count[which] = count
+        self._all_budgets[which] = budgets is None and self.budgets is None
+        if budgets is None:
+            self._oracle[which] = self.arena["oracle"][self.row[which]]
+        else:
+            utility = self.arena["utility"][self.row[which]]
+            beyond = np.arange(self.max_tokens) >= self.n[which, None]
+            curve = self._curve(utility, np.where(beyond, -np.inf, utility), self.n[which])
+            self._oracle[which] = core.mean_at(curve, columns, count)
+        self._scores = None
+        if self.reward == "output":
+            for i in which.tolist():
+                episode, head = int(self.episode[i]), int(self.head[i])
+                fields = ("queries", "keys", "values")
+                queries, keys, values = (self.source.read(episode, f, head) for f in fields)
+                self._outputs[i] = (queries[:, self.n[i] - len(keys) :], keys, values)
+
+    def observe(self, which: np.ndarray | None = None, out: np.ndarray | None = None) -> np.ndarray:
+        """See `Batch.observe`."""
+        row = self.row if which is None else self.row[which]
+        flat = None if out is None else out.reshape(len(row), -1)
+        rows = self.arena["rows"].take(row, 0, flat, "clip")
+        return rows.reshape(-1, *self._shape)
+
+    def check_actions(self, actions: Any, live: np.ndarray) -> np.ndarray:
+        """Scores (N, max_tokens) float64, -inf from each prompt's end on."""
+        given = np.asarray(actions)
+        if given.shape != (self.num, self.max_tokens) or given.dtype.kind not in "fiu":
+            raise KvenvError(
+                f"action has shape {given.shape[self.num == 1 :]} and dtype {given.dtype}: "
+                f"give {self.max_tokens} numbers, one for each token of the observation"
+                + (f", in each of {self.num} environments" if self.num > 1 else "")
+            )
+        beyond = np.arange(self.max_tokens) >= self.n[:, None]
+        fine = np.isfinite(given) | beyond | ~live[:, None]
+        if not fine.all():
+            i, token = (int(x) for x in np.argwhere(~fine)[0])
+            raise KvenvError(
+                f"action gives token {token} the score {given[i, token]}: give finite scores"
+            )
+        return np.where(beyond, -np.inf, given)
+
+    def advance(self, actions: np.ndarray) -> np.ndarray:
+        """Rank the prompts by the scores; every episode ends with it."""
+        place = np.arange(self.max_tokens)
+        n = self.n[:, None]
+        kept = (place < self.sinks) | ((place >= n - self.recent) & (place < n))
+        scores = np.where(kept, np.inf, actions)
+        curve = self._curve(self.arena["utility"][self.row], scores, self.n)
+        reward = core.mean_at(curve, self._columns, self._count)
+        # The same sum as kvenv.utility.random_reward's: whole numbers, divided once.
+        tokens = ((self._columns + 1) * (self._columns < self._width)).sum(-1)
+        random = tokens / (self._count * (self.n - self._skipped))
+        self._outcome = {
+            "retention": np.take_along_axis(curve, self._reported[self.episode], -1),
+            "random": random,
+            "oracle": self._oracle.copy(),
+            "closure": core.closure(reward, self._oracle, random),
+        }
+        self._scores, self.done[:] = scores, True
+        self._retained = reward
+        if self.reward == "attention":
+            return reward
+        # A head at a time: a batched matrix product may sum in another order than a single one.
+        errors = np.zeros((self.num, int(self._count.max())))
+        for i, count in enumerate(self._count):
+            budgets = (self._columns[i, :count] + 1).tolist()
+            ranked = scores[i, : self.n[i]]
+            errors[i, :count] = core.output_error(*self._outputs[i], ranked, budgets)
+        self._outcome["output_error"] = errors
+        self._change = errors.cumsum(-1)[:, -1] / self._count
+        return -self._change
+
+    def outcome(self) -> dict[str, np.ndarray]:
+        """See `RankEnv`, Information."""
+        return self._outcome
+
+    def picture(self, i: int) -> np.ndarray:
+        """See `kvenv.envs.render.draw_rank`."""
+        return draw_rank(self._look(i))
+
+    def text(self, i: int) -> str:
+        """See `kvenv.envs.render.write_rank`."""
+        tokens = self.source.tokens(int(self.episode[i]))[: self.n[i]]
+        return write_rank(self._look(i), tokens, self.tokenizer)
+
+    def _look(self, i: int) -> RankView:
+        """The tokens that count, as the renderers want them."""
+        title = self.title(i)
+        scores = None
+        if self._scores is not None:
+            scores = self._counted(self._scores[i, : self.n[i]])
+            closure = self._outcome["closure"][i]
+            title += f" · retention {self._retained[i]:.2f} · closure {closure:.2f}"
+            if self.reward == "output":
+                title += f" · output error {self._change[i]:.2f}"
+        return RankView(
+            title=title,
+            utility=self._counted(self.arena["utility"][self.row[i], : self.n[i]]),
+            scores=scores,
+            budgets=None
+            if self._all_budgets[i]
+            else (self._columns[i, : self._count[i]] + 1).tolist(),
+            first=self._skipped,
+        )
+
+    def _curve(self, utility: np.ndarray, scores: np.ndarray, n: np.ndarray) -> np.ndarray:
+        """Retention of the tokens that count, (m, width)."""
+        return core.rank_curve(self._counted(utility), self._counted(scores), n - self._skipped)
+
+    def _counted(self, array: np.ndarray) -> np.ndarray:
+        return u.without_sinks(array, self._skipped)
 
 
-@dataclass
-class _Episode:
-    """One prompt seen by one head; `scores` and `result` are there once it is ranked."""
-
-    where: dict[str, int]
-    observation: np.ndarray
-    utility: np.ndarray
-    budgets: list[int] | None
-    outputs: tuple[np.ndarray, np.ndarray, np.ndarray] | None
-    """Future queries (G, T, d), keys (S, d) and values (S, d), if they decide the reward."""
-    scores: np.ndarray | None = None
-    result: str = ""
-
-
-class RankEnv(gym.Env[np.ndarray, np.ndarray]):
+class RankEnv(TraceEnv):
     """A head's view of a prompt: rank its tokens once, and the cache keeps the best of them.
 
     ## Description
@@ -64,8 +240,9 @@ class RankEnv(gym.Env[np.ndarray, np.ndarray]):
 
     ## Observation Space
 
-    `Box` of shape `(max_tokens, 2d + 3)`, float32, for heads of dimension d. Each row is a token,
-    in the prompt's order. A prompt shorter than `max_tokens` is padded with rows of zeros.
+    `Box` of shape `(max_tokens * (2d + 3),)`, float32, for heads of dimension d: a row of 2d + 3
+    numbers for each token, in the prompt's order. `flat=False` keeps the rows apart, in the shape
+    `(max_tokens, 2d + 3)`. A prompt shorter than `max_tokens` is padded with rows of zeros.
 
     | Column    | Observation                                       | Min    | Max   |
     |-----------|---------------------------------------------------|--------|-------|
@@ -138,16 +315,19 @@ class RankEnv(gym.Env[np.ndarray, np.ndarray]):
 
     | Argument      | Type     | Default       | Description                                       |
     |---------------|----------|---------------|---------------------------------------------------|
-    | `traces`      | **str**  | `"sample"`    | folder of a trace set, or a packaged one's id     |
+    | `traces`      | **str**  | `"sample"`    | folder of a trace set, or a packaged one's id; a  |
+    |               |          |               | **list** of them joins their episodes             |
     | `layer`       | **int**  | `None`        | layer, in the model's own numbers; `None`: drawn  |
     | `head`        | **int**  | `None`        | KV head; `None`: drawn                            |
+    | `episodes`    | **list** | `None`        | draw from these episodes only                     |
     | `reward`      | **str**  | `"attention"` | `"attention"` or `"output"`                       |
     | `budgets`     | **list** | `None`        | ints: tokens, floats in (0, 1]: of the prompt     |
     | `sinks`       | **int**  | `0`           | first tokens that are always kept                 |
     | `recent`      | **int**  | `0`           | last tokens that are always kept                  |
     | `sink_free`   | **bool** | `False`       | leave the first 4 tokens out of the utility       |
     | `max_tokens`  | **int**  | `None`        | rows; `None`: as many as the longest prompt has   |
-    | `copy`        | **bool** | `True`        | `False`: `step()` returns `reset()`'s own array   |
+    | `flat`        | **bool** | `True`        | `False`: the observation has a row for each token |
+    | `copy`        | **bool** | `True`        | `False`: observations share one array             |
     | `tokenizer`   | **str**  | `None`        | model whose tokenizer `"ansi"` uses               |
     | `render_mode` | **str**  | `None`        | `"rgb_array"` or `"ansi"`                         |
 
@@ -156,6 +336,11 @@ class RankEnv(gym.Env[np.ndarray, np.ndarray]):
     - `tokenizer=None` takes the recorded model's, and shows token ids where that cannot be had.
     - `"rgb_array"` draws which tokens each budget keeps beside the retention curve. `"ansi"` writes
       the text with evicted words dimmed, at the first of `budgets` or at a quarter of the prompt.
+
+    ## Vectorized environment
+
+    `gym.make_vec("kvenv/Rank-v0", num_envs=64, ...)` makes `kvenv.envs.RankVectorEnv`, which ranks
+    64 prompts in one step and starts the next ones at once (autoreset mode `"SameStep"`).
 
     ## Version History
 
@@ -166,178 +351,44 @@ class RankEnv(gym.Env[np.ndarray, np.ndarray]):
 
     def __init__(
         self,
-        traces: str | Path = "sample",
+        traces: Traces = "sample",
         layer: int | None = None,
         head: int | None = None,
+        episodes: Sequence[int] | None = None,
         reward: Literal["attention", "output"] = "attention",
         budgets: Sequence[core.Budget] | None = None,
         sinks: int = 0,
         recent: int = 0,
         sink_free: bool = False,
         max_tokens: int | None = None,
+        flat: bool = True,
         copy: bool = True,
         tokenizer: str | None = None,
         render_mode: str | None = None,
     ) -> None:
-        if reward not in ("attention", "output"):
-            raise KvenvError(f"unknown reward {reward!r}: choose 'attention' or 'output'")
-        if reward == "output" and sink_free:
-            raise KvenvError("sink_free=True goes with reward='attention': the output has no sinks")
-        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
-            raise KvenvError(f"unknown render_mode {render_mode!r}: choose 'rgb_array' or 'ansi'")
-        for name, count in (("sinks", sinks), ("recent", recent)):
-            if integer(name, count) < 0:
-                raise KvenvError(f"{name}={count} is negative: give 0 or more tokens")
-        self._source = Source(traces, layer, head)
-        self.traces = self._source.traces
-        longest = max(self._source.lengths)
-        if max_tokens is not None and integer("max_tokens", max_tokens) < longest:
-            raise KvenvError(
-                f"max_tokens={max_tokens} is less than the longest prompt: give {longest} or more"
-            )
-        self.max_tokens = longest if max_tokens is None else max_tokens
-        self.render_mode = render_mode
-        self._reward, self._budgets = reward, budgets
-        self._sinks, self._recent, self._sink_free = sinks, recent, sink_free
-        self._copy, self._tokenizer_name = copy, tokenizer
-        self._episode: _Episode | None = None
-        # Budgets that the shortest prompt cannot have are told now, not in mid-training.
-        self._resolve(budgets, min(self._source.lengths))
-
-        columns = core.feature_count(self.traces.model.head_dim)
-        high = np.full((self.max_tokens, columns), LARGEST, dtype=np.float32)
-        high[:, -3:] = (1.0, 2.0, 1.0)
-        low = np.where(high == np.float32(LARGEST), -high, 0).astype(np.float32)
-        self.observation_space = spaces.Box(low, high, dtype=np.float32)
-        self.action_space = spaces.Box(-1.0, 1.0, (self.max_tokens,), dtype=np.float32)
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Start an episode; see the class for what ``options`` picks.
-
-        Raises:
-            KvenvError: if an option is unknown or out of range, naming the valid ones.
-        """
-        super().reset(seed=seed)
-        chosen = check_options(options, OPTIONS)
-        where = self._source.draw(self.np_random, chosen)
-        episode, layer, head, n = where.values()
-        budgets = chosen.get("budgets")
-        keys = self.traces.read(episode, "keys", layer, head)
-        values = self.traces.read(episode, "values", layer, head)
-        outputs = None
-        if self._reward == "output":
-            queries = self.traces.read(episode, "queries", layer, head)
-            outputs = (queries[:, n - len(keys) :], keys, values)
-        self._episode = _Episode(
-            where=where,
-            observation=core.features(keys[:n], values[:n], np.arange(n), n, self.max_tokens),
-            utility=self.traces.read(episode, "utility/sum", layer, head),
-            budgets=self._resolve(self._budgets if budgets is None else budgets, n),
-            outputs=outputs,
+        batch = RankBatch(
+            1,
+            traces=traces,
+            layer=layer,
+            head=head,
+            episodes=episodes,
+            reward=reward,
+            budgets=budgets,
+            sinks=sinks,
+            recent=recent,
+            sink_free=sink_free,
+            max_tokens=max_tokens,
+            flat=flat,
+            tokenizer=tokenizer,
         )
-        observation = self._episode.observation
-        return observation.copy() if self._copy else observation, dict(where)
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Rank the prompt by the scores in ``action``, (max_tokens,).
-
-        Raises:
-            KvenvError: if the scores have another shape or are not finite.
-            ResetNeeded: if there is no episode, or it has ended.
-        """
-        episode = self._episode
-        if episode is None or episode.scores is not None:
-            raise ResetNeeded("kvenv/Rank-v0 has no episode to step: call reset() first")
-        scores = _scores(action, episode.where["n"], self.max_tokens)
-        outcome = core.rank_outcome(
-            episode.utility, scores, episode.budgets, self._sinks, self._recent, self._sink_free
-        )
-        reward, closure = float(outcome.reward), float(outcome.closure)
-        info: dict[str, Any] = {
-            **episode.where,
-            "retention": outcome.retention,
-            "random": outcome.random,
-            "oracle": float(outcome.oracle),
-            "closure": closure,
-        }
-        episode.scores = u.protect(scores, self._sinks, self._recent)
-        episode.result = f" · retention {reward:.2f} · closure {closure:.2f}"
-        if episode.outputs is not None and episode.budgets is not None:
-            errors = core.output_error(*episode.outputs, episode.scores, episode.budgets)
-            info["output_error"] = errors
-            reward = -float(u.mean_over_budgets(errors))
-            episode.result += f" · output error {-reward:.2f}"
-        return episode.observation, reward, True, False, info
-
-    def render(self) -> Any:
-        """The episode, before or after its ranking, as ``render_mode`` asks.
-
-        Returns:
-            (540, 960, 3) uint8 for "rgb_array", a string for "ansi", None without a mode.
-        """
-        if self.render_mode is None:
-            gym.logger.warn("render() needs a render_mode: make the environment with 'rgb_array'")
-            return None
-        if self._episode is None:
-            raise ResetNeeded("kvenv/Rank-v0 has nothing to render: call reset() first")
-        where, view = self._episode.where, self._look(self._episode)
-        if self.render_mode == "rgb_array":
-            return draw_rank(view)
-        tokens = self.traces.tokens(where["episode"])[: where["n"]]
-        return write_rank(view, tokens, self._tokenizer)
-
-    def close(self) -> None:
-        """Close the trace files."""
-        self.traces.close()
-
-    @cached_property
-    def _tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer asked for, else the recorded model's, else None."""
-        # Loading transformers takes seconds, and only text needs it.
-        from kvenv.recording.models import load_tokenizer
-
-        if self._tokenizer_name is not None:
-            return load_tokenizer(self._tokenizer_name)
-        try:
-            return load_tokenizer(self.traces.model.id)
-        except KvenvError:
-            return None
-
-    def _look(self, episode: _Episode) -> RankView:
-        """The tokens that count, as the renderers want them."""
-        utility, scores, where = episode.utility, episode.scores, episode.where
-        if self._sink_free:
-            utility = u.without_sinks(utility)
-            scores = None if scores is None else u.without_sinks(scores)
-        return RankView(
-            title=f"kvenv/Rank-v0 · layer {where['layer']} head {where['head']}"
-            f" · episode {where['episode']}{episode.result}",
-            utility=utility,
-            scores=scores,
-            budgets=episode.budgets,
-            first=u.SINKS if self._sink_free else 0,
-        )
-
-    def _resolve(self, budgets: Sequence[core.Budget] | None, n: int) -> list[int] | None:
-        """Budgets in tokens of a prompt of n tokens; None where every one counts."""
-        if budgets is None and self._reward == "output":
-            budgets = u.FRACTIONS
-        return core.resolve_budgets(budgets, core.ranked_tokens(n, self._sink_free))
+        super().__init__(batch, copy, render_mode)
+        self.max_tokens = batch.max_tokens
 
 
-def _scores(action: np.ndarray, n: int, max_tokens: int) -> np.ndarray:
-    """The scores of the prompt's n tokens, (n,) float64, from an action (max_tokens,)."""
-    scores = np.asarray(action)
-    if scores.shape != (max_tokens,) or scores.dtype.kind not in "fiu":
+def _max_tokens(asked: int | None, longest: int) -> int:
+    """Rows of an observation; KvenvError where the longest prompt does not fit."""
+    if asked is not None and integer("max_tokens", asked) < longest:
         raise KvenvError(
-            f"action has shape {scores.shape} and dtype {scores.dtype}: "
-            f"give {max_tokens} numbers, one for each row of the observation"
+            f"max_tokens={asked} is less than the longest prompt: give {longest} or more"
         )
-    scores = scores[:n].astype(np.float64)
-    if (wrong := np.flatnonzero(~np.isfinite(scores))).size:
-        raise KvenvError(
-            f"action gives token {wrong[0]} the score {scores[wrong[0]]}: give finite scores"
-        )
-    return scores
+    return longest if asked is None else asked

@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from kvenv import utility as u
+from kvenv.envs.board import (
+    BLUE,
+    EMPTY,
+    GRID,
+    INK,
+    MUTED,
+    ORANGE,
+    PALE_BLUE,
+    PAPER,
+    Board,
+    Box,
+    dim_evicted,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-WIDTH, HEIGHT = 960, 540
-"""Size of a picture, in pixels."""
-
-# Okabe and Ito's palette, which colour-blind readers can tell apart, with tints for what is minor.
-INK, MUTED, GRID, PAPER = (34, 40, 49), (107, 114, 128), (222, 226, 231), (255, 255, 255)
-BLUE, PALE_BLUE, ORANGE, EMPTY = (0, 114, 178), (166, 206, 233), (230, 159, 0), (240, 242, 245)
 CELLS = np.array([EMPTY, PALE_BLUE, ORANGE, BLUE], dtype=np.uint8)
 """Colour of a token at a budget, by (kept by the ranking) + 2 (kept by the oracle)."""
 
-DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 QUARTER = 1 / 4
 
-Box = tuple[int, int, int, int]
 STRIP: Box = (64, 92, 640, 136)
 TOKENS: Box = (64, 172, 640, 484)
 CURVES: Box = (696, 172, 928, 484)
@@ -62,7 +64,7 @@ def draw_rank(view: RankView) -> np.ndarray:
     token's utility; beside it, on the same vertical axis, the retention of the ranking, of the
     oracle and of chance.
     """
-    board = _Board()
+    board = Board()
     board.text((TOKENS[0], 22), view.title, 18, INK)
     _draw_strip(board, view)
     _draw_tokens(board, view)
@@ -84,28 +86,15 @@ def write_rank(
     """
     ids: list[int] = tokens.tolist()
     if view.scores is None:
-        return f"{view.title}\n{_text(ids, 0, len(ids), tokenizer)}\n"
+        return f"{view.title}\n{dim_evicted(ids, [True] * len(ids), tokenizer)}\n"
     n = len(view.scores)
     budget = view.budgets[0] if view.budgets else u.budget_tokens(QUARTER, n)
     kept = [True] * view.first + (_places(view.scores) < budget).tolist()
-    parts = []
-    for is_kept, run in groupby(range(len(ids)), kept.__getitem__):
-        start, *rest = run
-        text = _text(ids, start, start + 1 + len(rest), tokenizer)
-        parts.append(text if is_kept else f"{DIM}{text}{PLAIN}")
-    return f"{view.title} · budget {budget} of {n} tokens\n{''.join(parts)}\n"
+    text = dim_evicted(ids, kept, tokenizer)
+    return f"{view.title} · budget {budget} of {n} tokens\n{text}\n"
 
 
-def _text(ids: list[int], start: int, stop: int, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """The text of tokens start..stop-1 as it reads after the token before them."""
-    if tokenizer is None:
-        return "".join(f"{i} " for i in ids[start:stop])
-    # A tokenizer drops the space that opens a text, so the token before lends its end.
-    before = tokenizer.decode(ids[max(start - 1, 0) : start])
-    return str(tokenizer.decode(ids[max(start - 1, 0) : stop]))[len(before) :]
-
-
-def _draw_strip(board: _Board, view: RankView) -> None:
+def _draw_strip(board: Board, view: RankView) -> None:
     """The utility of each token as bars on a logarithmic scale."""
     x0, y0, x1, y1 = STRIP
     board.text((x0, y0 - 10), "utility of each token, log scale", 13, MUTED, "ls")
@@ -116,7 +105,7 @@ def _draw_strip(board: _Board, view: RankView) -> None:
     board.line([(x0, y1), (x1, y1)], MUTED)
 
 
-def _draw_tokens(board: _Board, view: RankView) -> None:
+def _draw_tokens(board: Board, view: RankView) -> None:
     """Which tokens are kept (across) at which budget (up)."""
     x0, y0, x1, y1 = TOKENS
     n = len(view.utility)
@@ -140,7 +129,7 @@ def _draw_tokens(board: _Board, view: RankView) -> None:
     board.text(((x0 + x1) / 2, y1 + 28), "position in the prompt", 13, MUTED, "ma")
 
 
-def _legend(board: _Board) -> None:
+def _legend(board: Board) -> None:
     """What the cells' colours mean, right-aligned over the token panel."""
     x, y = TOKENS[2], TOKENS[1] - 11
     for label, colour in (
@@ -155,7 +144,7 @@ def _legend(board: _Board) -> None:
         x -= 27
 
 
-def _draw_curves(board: _Board, view: RankView) -> None:
+def _draw_curves(board: Board, view: RankView) -> None:
     """Retention (across) at each budget (up), on the token panel's vertical axis."""
     x0, y0, x1, y1 = CURVES
     n = len(view.utility)
@@ -195,53 +184,3 @@ def _places(scores: np.ndarray) -> np.ndarray:
     places = np.empty(len(scores), dtype=np.int64)
     places[u.ranking(scores)] = np.arange(len(scores))
     return places
-
-
-class _Board:
-    """A drawing surface in picture coordinates, kept at twice the size to smooth its edges."""
-
-    def __init__(self) -> None:
-        self._image = Image.new("RGB", (2 * WIDTH, 2 * HEIGHT), PAPER)
-        self._draw = ImageDraw.Draw(self._image)
-
-    def text(
-        self,
-        at: tuple[float, float],
-        text: str,
-        size: int,
-        colour: tuple[int, int, int],
-        anchor: str = "la",
-    ) -> None:
-        font = ImageFont.load_default(2 * size)
-        self._draw.text((2 * at[0], 2 * at[1]), text, colour, font, anchor)
-
-    def width(self, text: str, size: int) -> float:
-        return ImageFont.load_default(2 * size).getlength(text) / 2
-
-    def line(
-        self,
-        points: Sequence[tuple[float, float]],
-        colour: tuple[int, int, int],
-        width: float = 1,
-    ) -> None:
-        path = [(2 * x, 2 * y) for x, y in points]
-        self._draw.line(path, colour, round(2 * width), joint="curve")
-
-    def dot(self, at: tuple[float, float], radius: float, colour: tuple[int, int, int]) -> None:
-        x, y = at
-        box = (x - radius, y - radius, x + radius, y + radius)
-        self._draw.ellipse([2 * edge for edge in box], colour, PAPER, 2)
-
-    def rectangle(
-        self, box: tuple[float, float, float, float], colour: tuple[int, int, int]
-    ) -> None:
-        self._draw.rectangle([2 * edge for edge in box], colour)
-
-    def paste(self, cells: np.ndarray, box: Box) -> None:
-        """Cells (rows, columns, 3) uint8, averaged or repeated to fill the box."""
-        x0, y0, x1, y1 = (2 * edge for edge in box)
-        image = Image.fromarray(cells).resize((x1 - x0, y1 - y0), Image.Resampling.BOX)
-        self._image.paste(image, (x0, y0))
-
-    def pixels(self) -> np.ndarray:
-        return np.array(self._image.resize((WIDTH, HEIGHT), Image.Resampling.BOX))

@@ -1,9 +1,9 @@
-"""Where the environments' episodes come from: a trace set, and the heads that may be drawn."""
+"""Where episodes come from: trace sets, the heads that may be drawn, and the draws themselves."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,67 +12,189 @@ import numpy as np
 from kvenv.errors import KvenvError
 from kvenv.trace import TraceSet
 
+Traces = str | Path | Sequence[str | Path]
+"""One trace set or several: folders, or ids of packaged sets."""
+
 
 class Source:
-    """The episodes and heads of a trace set that an environment draws from.
+    """The episodes and heads that environments draw from.
 
     Args:
-        traces: the folder of a trace set, or the id of a packaged one.
+        traces: folders of trace sets, or ids of packaged ones; the episodes of several are
+            numbered through.
         layer: the only layer to draw, in the model's own numbers; None draws from all.
         head: the only KV head to draw; None draws from all.
+        episodes: draw from these episodes only; None draws from all.
+
+    Attributes:
+        sets: the trace sets.
+        heads: the (layer, KV head) pairs recorded in all of them.
+        n: prompt tokens of every episode, (E,).
+        lengths: S, tokens of prompt and future of every episode, (E,).
+        episodes: those that are drawn, (D,).
+        pool: indices of the heads that are drawn.
 
     Raises:
-        KvenvError: if there is no such set, or the layer or head is not recorded.
+        KvenvError: if there is no such set, the sets are of different models, or an episode,
+            layer or head is not recorded.
     """
 
     def __init__(
-        self, traces: str | Path, layer: int | None = None, head: int | None = None
+        self,
+        traces: Traces,
+        layer: int | None = None,
+        head: int | None = None,
+        episodes: Sequence[int] | None = None,
     ) -> None:
-        self.traces = TraceSet(traces)
-        self.lengths = [self.traces.info(i).n for i in range(len(self.traces))]
+        self.sets = [TraceSet(t) for t in ([traces] if isinstance(traces, str | Path) else traces)]
+        if not self.sets:
+            raise KvenvError("no trace sets given: name at least one")
+        first = self.sets[0]
+        for other in self.sets[1:]:
+            if other.model.fingerprint != first.model.fingerprint:
+                raise KvenvError(
+                    f"trace sets are of different models: {first.path} of {first.model.id}, "
+                    f"{other.path} of {other.model.id}; use sets of one model"
+                )
+        self.heads: list[tuple[int, int]] = sorted(
+            set.intersection(*(set(t.heads) for t in self.sets))
+        )
+        self._places = [(t, i) for t in self.sets for i in range(len(t))]
+        infos = [t.info(i) for t, i in self._places]
+        self.n = np.array([info.n for info in infos])
+        self.lengths = np.array([info.S for info in infos])
+        self.episodes = self._check_episodes(episodes)
         self._layer, self._head = layer, head
-        # What no episode could satisfy is told now, not at the first reset.
-        self._candidates(layer, head)
+        self._numbers = np.array(self.heads).T  # layers and KV heads, (2, H)
+        self.pool = np.flatnonzero(self._candidates({}, 1)[0])
 
-    def draw(self, rng: np.random.Generator, options: Mapping[str, Any]) -> dict[str, int]:
-        """Pick an episode and a head: what options name, the rest uniformly at random.
+    @property
+    def traces(self) -> TraceSet:
+        """The first of the trace sets."""
+        return self.sets[0]
+
+    def place(self, episode: int) -> tuple[TraceSet, int]:
+        """The trace set that an episode is in, and its index there."""
+        return self._places[episode]
+
+    def read(self, episode: int, field: str, head: int) -> np.ndarray:
+        """One dataset of an episode for the head of that index; see `TraceSet.read`."""
+        traces, index = self._places[episode]
+        return traces.read(index, field, *self.heads[head])
+
+    def tokens(self, episode: int) -> np.ndarray:
+        """Token ids of prompt and future, (S,) int32."""
+        traces, index = self._places[episode]
+        return traces.tokens(index)
+
+    def need_all_queries(self) -> None:
+        """Check that every token's queries are recorded.
+
+        Raises:
+            KvenvError: naming the set and how to record it.
+        """
+        for traces in self.sets:
+            if traces.manifest.queries != "all":
+                raise KvenvError(
+                    f"{traces.path} holds the queries of its last tokens only, and sequential "
+                    f"environments need every token's: record it again with `kvenv record "
+                    f"{traces.manifest.workload} --queries all ...`"
+                )
+
+    def choose(
+        self, draws: np.ndarray, options: Mapping[str, Any]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Pick an episode and a head for each of m environments.
 
         Args:
-            rng: the environment's generator; each draw that is needed advances it.
-            options: "episode", "layer" and "head", each optional; other keys are not looked at.
+            draws: (m, 2), uniform in [0, 1): what options leave open.
+            options: "episode", "layer" and "head", each optional, a number for all or (m,) of
+                them; other keys are not looked at.
 
         Returns:
-            "episode", "layer", "head" and "n", the prompt's tokens.
+            Episodes (m,) and indices of heads (m,).
 
         Raises:
             KvenvError: if an option is out of range, naming what is in it.
         """
-        episode, layer, head = (options.get(name) for name in ("episode", "layer", "head"))
-        count = len(self.lengths)
-        if episode is None:
-            episode = rng.integers(count)
-        elif not 0 <= integer("episode", episode) < count:
-            raise KvenvError(f"episode {episode} is not in the trace set: choose 0 to {count - 1}")
-        heads = self._candidates(
-            self._layer if layer is None else layer, self._head if head is None else head
-        )
-        layer, head = heads[rng.integers(len(heads))]
-        return {
-            "episode": int(episode),
-            "layer": layer,
-            "head": head,
-            "n": self.lengths[int(episode)],
-        }
+        m = len(draws)
+        if options.get("episode") is None:
+            episode = self.episodes[(draws[:, 0] * len(self.episodes)).astype(np.int64)]
+        else:
+            episode = per_environment("episode", options["episode"], m)
+            if wrong := [e for e in episode.tolist() if not 0 <= e < len(self.n)]:
+                raise KvenvError(
+                    f"episode {wrong[0]} is not in the trace set: choose 0 to {len(self.n) - 1}"
+                )
+        if options.get("layer") is None and options.get("head") is None:
+            return episode, self.pool[(draws[:, 1] * len(self.pool)).astype(np.int64)]
+        fits = self._candidates(options, m)
+        nth = (draws[:, 1] * fits.sum(-1)).astype(np.int64)
+        return episode, (fits.cumsum(-1) > nth[:, None]).argmax(-1)
 
-    def _candidates(self, layer: int | None, head: int | None) -> list[tuple[int, int]]:
-        """The recorded heads with this layer and this KV head."""
-        heads = self.traces.heads
-        layers, kv_heads = sorted({x for x, _ in heads}), sorted({y for _, y in heads})
-        if layer is not None and integer("layer", layer) not in layers:
-            raise KvenvError(f"layer {layer} is not recorded: choose from {layers}")
-        if head is not None and integer("head", head) not in kv_heads:
-            raise KvenvError(f"head {head} is not recorded: choose from {kv_heads}")
-        return [(x, y) for x, y in heads if layer in (None, x) and head in (None, y)]
+    def close(self) -> None:
+        """Close the trace files."""
+        for traces in self.sets:
+            traces.close()
+
+    def _candidates(self, options: Mapping[str, Any], m: int) -> np.ndarray:
+        """Which heads have the layer and KV head asked for, (m, H) bool."""
+        fits = np.ones((m, len(self.heads)), dtype=bool)
+        for name, default, numbers in zip(
+            ("layer", "head"), (self._layer, self._head), self._numbers, strict=True
+        ):
+            asked = options.get(name)
+            if (asked := default if asked is None else asked) is None:
+                continue
+            wanted = per_environment(name, asked, m)
+            if unknown := sorted(set(wanted.tolist()) - set(numbers.tolist())):
+                raise KvenvError(
+                    f"{name} {unknown[0]} is not recorded: choose from "
+                    f"{sorted(set(numbers.tolist()))}"
+                )
+            fits &= wanted[:, None] == numbers
+        return fits
+
+    def _check_episodes(self, episodes: Sequence[int] | None) -> np.ndarray:
+        count = len(self.n)
+        if episodes is None:
+            return np.arange(count)
+        chosen = [integer("episodes", episode) for episode in episodes]
+        if not chosen:
+            raise KvenvError("episodes is empty: name at least one, or None for all")
+        if wrong := [e for e in chosen if not 0 <= e < count]:
+            raise KvenvError(f"episode {wrong[0]} is not in the trace set: choose 0 to {count - 1}")
+        return np.array(chosen)
+
+
+class Draws:
+    """Uniform numbers for N environments, each from a generator of its own.
+
+    They are drawn a block at a time, so that a batch takes them by indexing.
+    """
+
+    BLOCK = 64
+
+    def __init__(self, num: int) -> None:
+        self.generators: list[np.random.Generator | None] = [None] * num
+        self._block = np.empty((num, self.BLOCK, 2))
+        self._used = np.full(num, self.BLOCK)
+
+    def use(self, i: int, generator: np.random.Generator) -> None:
+        """Draw for environment ``i`` from this generator; a new one starts a new block."""
+        if generator is not self.generators[i]:
+            self.generators[i] = generator
+            self._used[i] = self.BLOCK
+
+    def take(self, which: np.ndarray) -> np.ndarray:
+        """The next pair for each of these environments, (m, 2)."""
+        for i in which[self._used[which] == self.BLOCK]:
+            generator = self.generators[i] = self.generators[i] or np.random.default_rng()
+            self._block[i] = generator.random((self.BLOCK, 2))
+            self._used[i] = 0
+        pairs = self._block[which, self._used[which]]
+        self._used[which] += 1
+        return pairs
 
 
 def check_options(options: Mapping[str, Any] | None, known: Iterable[str]) -> Mapping[str, Any]:
@@ -96,3 +218,20 @@ def integer(name: str, value: object) -> int:
         return operator.index(value)  # pyright: ignore[reportArgumentType]
     except TypeError:
         raise KvenvError(f"{name}={value!r} is not a whole number: give an int") from None
+
+
+def count(name: str, value: object) -> int:
+    """A number of tokens, 0 or more; KvenvError naming it where it is none."""
+    if (tokens := integer(name, value)) < 0:
+        raise KvenvError(f"{name}={tokens} is negative: give 0 or more tokens")
+    return tokens
+
+
+def per_environment(name: str, value: object, m: int) -> np.ndarray:
+    """A whole number for each of m environments, (m,) int64, from one for all or m of them."""
+    if np.ndim(value) == 0:  # pyright: ignore[reportArgumentType]
+        return np.full(m, integer(name, value))
+    values = np.asarray(value)
+    if values.shape != (m,) or values.dtype.kind not in "iu":
+        raise KvenvError(f"{name}={value!r} is not {m} whole numbers: give one for each, or an int")
+    return values.astype(np.int64)

@@ -72,7 +72,7 @@ def measure(
             "other --heads"
         )
     layers = sorted({layer for layer, _ in chosen})
-    needs = frozenset[str]().union(*(scorer.needs for scorer in scorers.values()))
+    needs = frozenset({"utility"}).union(*(scorer.needs for scorer in scorers.values()))
     results: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in scorers}
     free: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in scorers}
     documents: list[str] = []
@@ -90,7 +90,7 @@ def measure(
             }
             for layer in layers:
                 picked = [head for at, head in chosen if at == layer]
-                data = _layer(traces_, index, layer, needs)
+                data = layer_inputs(traces_, index, layer, needs)
                 for name, scorer in scorers.items():
                     extra = {need: data[need] for need in scorer.needs}
                     with torch.no_grad():
@@ -115,19 +115,32 @@ def measure(
     ]
 
 
-def _layer(
-    traces: TraceSet, index: int, layer: int, needs: frozenset[str]
+def layer_inputs(
+    traces: TraceSet,
+    index: int,
+    layer: int,
+    needs: frozenset[str] = frozenset(),
+    length: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """One layer of an episode's prompt, as a scorer takes it: batch of one, all KV heads."""
+    """One layer of an episode as a scorer takes it: batch of one, all KV heads.
+
+    Args:
+        traces: where the episode is.
+        index: which one.
+        layer: in the model's own numbers.
+        needs: what to read beyond keys, values and positions.
+        length: tokens to read; None is the prompt, the only part that needs are known of.
+    """
     info = traces.info(index)
-    n = info.n
+    n = info.n if length is None else length
     keys = torch.from_numpy(traces.read(index, "keys", layer)[None, :, :n])
     data = {
         "keys": keys,
         "values": torch.from_numpy(traces.read(index, "values", layer)[None, :, :n]),
         "positions": torch.arange(n).expand(1, keys.shape[1], n),
-        "utility": torch.from_numpy(traces.read(index, "utility/sum", layer)[None]),
     }
+    if "utility" in needs:
+        data["utility"] = torch.from_numpy(traces.read(index, "utility/sum", layer)[None])
     if "queries" in needs:
         queries = traces.read(index, "queries", layer)
         data["queries"] = torch.from_numpy(queries[None, :, : queries.shape[1] - info.T])

@@ -91,34 +91,103 @@ def test_budgets_that_cannot_be_are_named(budgets, message: str) -> None:
         core.resolve_budgets(budgets, 40)
 
 
-@given(hnp.arrays(np.float32, (3, 17), elements=FLOATS), st.integers(0, 5), st.booleans())
-def test_outcomes_of_a_batch_are_those_of_its_rows(utility, sinks: int, sink_free: bool) -> None:
-    scores = np.random.default_rng(0).normal(size=utility.shape)
-    batch = core.rank_outcome(utility, scores, [2, 9], sinks, 2, sink_free)
-    for i in range(3):
-        row = core.rank_outcome(utility[i], scores[i], [2, 9], sinks, 2, sink_free)
-        assert batch.reward[i] == row.reward
-        assert batch.closure[i] == row.closure
-        assert batch.oracle[i] == row.oracle
-        np.testing.assert_array_equal(batch.retention[i], row.retention)
+@given(hnp.arrays(np.float32, (3, 17), elements=FLOATS), st.lists(st.integers(1, 17), min_size=3))
+def test_curves_of_different_lengths_are_the_learners_to_the_last_bit(utility, lengths) -> None:
+    n = np.array(lengths[:3])
+    beyond = np.arange(17) >= n[:, None]
+    scores = np.where(beyond, -np.inf, np.random.default_rng(0).normal(size=utility.shape))
+    curves = core.rank_curve(np.where(beyond, 0, utility), scores, n)
+    for row, m in enumerate(n):
+        expected = u.retention(utility[row, :m], scores[row, :m])
+        np.testing.assert_array_equal(curves[row, :m], expected)
+
+
+@given(
+    hnp.arrays(np.float64, (3, 9), elements=st.floats(0, 1)),
+    st.sampled_from([None, [1], [5, 2, 2], [0.25, 3], [1.0]]),
+)
+def test_means_over_budgets_are_the_learners_to_the_last_bit(curves, budgets) -> None:
+    n = np.array([9, 5, 7])
+    columns, count = core.budget_columns(budgets, n, 9)
+    means = core.mean_at(curves, columns, count)
+    for row, m in enumerate(n.tolist()):
+        chosen = core.resolve_budgets(budgets, m)
+        assert means[row] == u.mean_over_budgets(curves[row, :m], chosen)
 
 
 @given(hnp.arrays(np.float32, 17, elements=FLOATS), hnp.arrays(np.float32, 17, elements=FLOATS))
-def test_oracle_bounds_every_ranking(utility, scores) -> None:
-    outcome = core.rank_outcome(utility, scores)
-    assert 0 <= outcome.reward <= outcome.oracle + 1e-12
-    assert core.rank_outcome(utility, utility).closure == 1
+def test_closure_is_the_learners(utility, scores) -> None:
+    found = core.closure(u.reward(utility, scores), u.oracle_reward(utility), u.random_reward(17))
+    assert found == u.closure(utility, scores)
 
 
-def test_protected_tokens_rank_first_and_sinks_can_be_left_out() -> None:
-    utility = np.array([8, 0, 0, 0, 4, 2, 1, 1], np.float32)
-    scores = np.arange(8.0)
-    assert core.rank_outcome(utility, scores, [1]).reward == 1 / 16
-    assert core.rank_outcome(utility, scores, [1], sinks=1).reward == 8 / 16
-    assert core.rank_outcome(utility, -scores, [2], sinks=1, recent=1).reward == 9 / 16
-    assert core.rank_outcome(utility, scores, [1], sink_free=True).reward == 1 / 8
-    with pytest.raises(KvenvError, match="prompt of 4 tokens has none left"):
-        core.rank_outcome(utility[:4], scores[:4], sink_free=True)
+def test_attention_is_its_definition_and_drops_the_first_tokens() -> None:
+    queries, keys, _, _ = head(0)
+    rng = np.random.default_rng(1)
+    queries = rng.normal(size=(2, 16, 8)).astype(np.float16)
+    rows = core.attention(queries, keys)
+    logits = queries.astype(np.float64) @ keys.astype(np.float64).T / np.sqrt(8)
+    weights = np.tril(np.exp(logits))
+    np.testing.assert_allclose(rows, weights / weights.sum(-1, keepdims=True), atol=1e-6)
+    dropped = core.attention(queries, keys, drop=3)
+    assert not dropped[:, 3:, :3].any()
+    np.testing.assert_allclose(dropped[:, 3:].sum(-1), 1, atol=1e-6)
+    np.testing.assert_array_equal(dropped[:, :3], rows[:, :3])
+    np.testing.assert_allclose(
+        dropped[0, 9] / dropped[0, 9, 9],
+        np.r_[0, 0, 0, weights[0, 9, 3:]] / weights[0, 9, 9],
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_a_packed_triangle_gives_its_rows_back(length: int) -> None:
+    rows = np.tril(np.random.default_rng(0).random((2, length, length)))
+    packed = core.triangle(rows)
+    assert packed.shape == (2, core.row_start(length) - 1)
+    for t in range(length):
+        start = core.row_start(t)
+        np.testing.assert_array_equal(packed[:, start : start + t + 1], rows[:, t, : t + 1])
+        assert not packed[:, start - 1].any()  # where an empty slot looks
+
+
+def test_the_lowest_score_goes_and_of_equals_the_latest_token() -> None:
+    scores = np.array([[3.0, 1, 1, 2], [0, 5, 5, 5], [1, 1, 1, 1]])
+    positions = np.array([[0, 7, 4, 9], [2, 3, 4, 5], [-1, 8, 3, 9]])
+    now = np.array([9, 5, 9])
+    assert core.lowest_slot(scores, positions, core.protected(positions, now, 0, 0)).tolist() == [
+        1,
+        0,
+        3,
+    ]
+    kept = core.protected(positions, now, sinks=3, recent=1)
+    assert kept.tolist() == [
+        [True, False, False, True],
+        [True, False, False, True],
+        [True, False, False, True],
+    ]
+    assert core.lowest_slot(scores, positions, kept).tolist() == [1, 2, 1]
+
+
+def test_output_change_is_its_definition() -> None:
+    rng = np.random.default_rng(0)
+    weights, values, full = (
+        rng.random((2, 3, 5)),
+        rng.normal(size=(2, 5, 4)),
+        rng.normal(size=(2, 3, 4)),
+    )
+    found = core.output_change(weights, values, full)
+    expected = [
+        np.mean(
+            [
+                np.linalg.norm(w @ v / w.sum() - o) / np.linalg.norm(o)
+                for w, o in zip(ws, os, strict=True)
+            ]
+        )
+        for ws, v, os in zip(weights, values, full, strict=True)
+    ]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    assert core.output_change(np.zeros((1, 1, 2)), values[:1, :2], full[:1, :1]) == 1
 
 
 @pytest.mark.parametrize("seed", range(3))

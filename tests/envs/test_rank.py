@@ -1,25 +1,16 @@
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import warnings
 from pathlib import Path
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from gymnasium.error import ResetNeeded
-from gymnasium.utils.env_checker import check_env
-from stable_baselines3.common.env_checker import check_env as check_sb3
 
 from kvenv import utility as u
 from kvenv.envs import RankEnv, core
 from kvenv.errors import KvenvError
-from kvenv.registration import register
 
-ID = "kvenv/Rank-v0"
 VARIANTS = [
     {},
     {"layer": 3, "head": 1, "budgets": [0.25, 8], "sinks": 4, "recent": 2},
@@ -40,27 +31,11 @@ def oracle_action(utility: torch.Tensor, rows: int) -> np.ndarray:
     return action
 
 
-@pytest.mark.parametrize("arguments", VARIANTS)
-def test_gymnasium_accepts_it_without_a_warning(folder: str, arguments: dict) -> None:
-    env = gym.make(ID, traces=folder, render_mode="rgb_array", **arguments)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        check_env(env.unwrapped)
-    env.close()
-
-
-@pytest.mark.parametrize("arguments", VARIANTS[::2])
-def test_stable_baselines3_only_notes_the_two_dimensions(folder: str, arguments: dict) -> None:
-    env = RankEnv(folder, **arguments)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        check_sb3(env, skip_render_check=False)
-    assert [w for w in caught if "unconventional shape" not in str(w.message)] == []
-
-
 def test_observation_is_the_heads_features(folder: str) -> None:
-    env = RankEnv(folder)
-    obs, info = env.reset(seed=0, options={"episode": 1, "layer": 3, "head": 1})
+    env = RankEnv(folder, flat=False)
+    options = {"episode": 1, "layer": 3, "head": 1}
+    obs, info = env.reset(seed=0, options=options)
+    np.testing.assert_array_equal(obs.ravel(), RankEnv(folder).reset(options=options)[0])
     assert info == {"episode": 1, "layer": 3, "head": 1, "n": 24}
     trace = env.traces.head(1, 3, 1)
     assert obs.shape == env.observation_space.shape == (40, 19)
@@ -168,52 +143,7 @@ def test_nothing_is_shared_unless_asked(folder: str) -> None:
 
     env = RankEnv(folder, copy=False)
     obs, _ = env.reset(seed=0)
-    assert env.step(np.zeros(40, np.float32))[0] is obs
-
-
-def test_spec_survives_json(folder: str) -> None:
-    env = gym.make(ID, traces=folder, layer=3, budgets=[0.5, 4], sinks=2)
-    text = env.spec.to_json()
-    assert json.loads(text)["kwargs"]["traces"] == folder
-    spec = gym.envs.registration.EnvSpec.from_json(text)
-    assert spec == env.spec
-    twin = gym.make(spec)
-    action = env.action_space.sample()
-    for seed in range(3):
-        np.testing.assert_array_equal(env.reset(seed=seed)[0], twin.reset(seed=seed)[0])
-        assert env.step(action)[1] == twin.step(action)[1]
-    assert gym.spec(ID).entry_point == "kvenv.envs.rank:RankEnv"
-
-
-def test_workers_that_spawn_agree_with_one_process(folder: str) -> None:
-    arguments = {"num_envs": 2, "traces": folder, "reward": "output"}
-    spawn = {"context": "spawn"}
-    pool = gym.make_vec(ID, vectorization_mode="async", vector_kwargs=spawn, **arguments)
-    here = gym.make_vec(ID, vectorization_mode="sync", **arguments)
-    pool.action_space.seed(0)
-    actions = pool.action_space.sample()
-    (obs, info), (other, twin) = pool.reset(seed=3), here.reset(seed=3)
-    np.testing.assert_array_equal(obs, other)
-    assert sorted(info) == sorted(twin)
-    found, expected = pool.step(actions), here.step(actions)
-    np.testing.assert_array_equal(found[1], expected[1])
-    np.testing.assert_array_equal(found[4]["retention"], expected[4]["retention"])
-    assert found[2].all()
-    pool.close()
-    here.close()
-
-
-def test_registering_again_is_silent_and_importing_stays_light(folder: str) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        register()
-    code = (
-        "import sys, gymnasium as gym\n"
-        f"gym.make('kvenv:{ID}', traces={folder!r}).reset(seed=0)\n"
-        "print(sorted({'transformers', 'stable_baselines3', 'PIL.ImageTk'} & set(sys.modules)))"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
+    assert np.shares_memory(env.step(np.zeros(40, np.float32))[0], obs)
 
 
 def test_paths_are_accepted_and_close_may_be_repeated(folder: str) -> None:
@@ -291,3 +221,44 @@ def test_an_episode_is_one_step(folder: str) -> None:
     env.step(np.zeros(40))
     with pytest.raises(ResetNeeded, match="reset"):
         env.step(np.zeros(40))
+
+
+def test_protected_tokens_rank_first_and_sinks_can_be_left_out(tiny_traces, tmp_path) -> None:
+    mass = np.array([8, 0, 0, 0, 4, 2, 1, 1], np.float32)
+    traces = str(
+        tiny_traces(tmp_path / "t", [(8, 2)], utility=lambda k: np.tile(mass, (2, 2, 1))).path
+    )
+    ascending = np.linspace(-1, 1, 8)
+
+    def reward(action: np.ndarray, **arguments) -> float:
+        env = RankEnv(traces, **arguments)
+        env.reset(seed=0)
+        return env.step(action)[1]
+
+    assert reward(ascending, budgets=[1]) == 1 / 16
+    assert reward(ascending, budgets=[1], sinks=1) == 8 / 16
+    assert reward(-ascending, budgets=[2], sinks=1, recent=1) == 9 / 16
+    assert reward(ascending, budgets=[1], sink_free=True) == 1 / 8
+    short = str(tiny_traces(tmp_path / "s", [(4, 2)]).path)
+    with pytest.raises(KvenvError, match="prompt of 4 tokens has none left"):
+        RankEnv(short, sink_free=True)
+
+
+def test_episodes_of_several_sets_are_numbered_through_and_can_be_chosen(
+    folder: str, tiny_traces, tmp_path
+) -> None:
+    other = tiny_traces(tmp_path / "other", [(12, 4)], seed=9)
+    env = RankEnv([folder, str(other.path)], episodes=[3, 1], flat=False)
+    assert {env.reset(seed=s)[1]["episode"] for s in range(12)} == {1, 3}
+    obs, info = env.reset(options={"episode": 3, "layer": 1, "head": 0})
+    assert info["n"] == 12
+    np.testing.assert_array_equal(obs[:12, :8], other.read(0, "keys", 1, 0)[:12].astype(np.float32))
+    foreign = tiny_traces(tmp_path / "foreign", fingerprint="g")
+    for arguments, message in (
+        ({"traces": [folder, str(foreign.path)]}, "different models"),
+        ({"traces": []}, "no trace sets given"),
+        ({"episodes": []}, "episodes is empty"),
+        ({"episodes": [3]}, "episode 3 is not in the trace set: choose 0 to 2"),
+    ):
+        with pytest.raises(KvenvError, match=message):
+            RankEnv(**{"traces": folder, **arguments})
