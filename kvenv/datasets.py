@@ -117,7 +117,9 @@ def write_dataset(
     home = get_dataset_path() if root is None else Path(root)
     folder = home / name
     if folder.exists() and not overwrite:
-        raise KvenvError(f"{str(folder)!r} exists: overwrite it, or choose another version")
+        raise KvenvError(
+            f"{str(folder)!r} exists: overwrite it (--overwrite), or choose another folder"
+        )
     if folder.exists() and not (folder / "data" / "metadata.json").is_file():
         raise KvenvError(f"{str(folder)!r} exists and is not a dataset: move it away")
 

@@ -45,6 +45,11 @@ class TraceEnv(gym.Env[np.ndarray, Any]):
         """The (layer, KV head) pairs that are drawn."""
         return [self.batch.source.heads[i] for i in self.batch.source.pool]
 
+    @property
+    def episodes(self) -> list[int]:
+        """The episodes that are drawn."""
+        return self.batch.source.episodes.tolist()
+
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:

@@ -29,6 +29,7 @@ class SlotBatch(Batch):
         traces, layer, head, episodes, reward, sinks, recent, sink_free, tokenizer: see `StreamEnv`.
 
     Attributes:
+        asked: the budget as it was given.
         slots: the most slots that an episode can ask for, W.
         now: the newcomer's position, (N,); S once the text is over.
         budget: slots of each environment, (N,).
@@ -55,6 +56,7 @@ class SlotBatch(Batch):
         source = Source(traces, layer, head, episodes)
         super().__init__(num, source, reward, sinks, recent, sink_free, tokenizer)
         source.need_all_queries()
+        self.asked = budget
         self._default = self._budgets(budget, np.arange(len(source.n)))
         self.slots = int(self._default[source.episodes].max())
         self.longest = int(source.lengths.max())

@@ -80,6 +80,11 @@ class TraceVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return [self.batch.source.heads[i] for i in self.batch.source.pool]
 
     @property
+    def episodes(self) -> list[int]:
+        """The episodes that are drawn."""
+        return self.batch.source.episodes.tolist()
+
+    @property
     def np_random(self) -> tuple[np.random.Generator, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The environments' generators."""
         self._seed([None] * self.num_envs)
@@ -209,6 +214,11 @@ class StreamVectorEnv(TraceVectorEnv):
     """N of `kvenv.envs.StreamEnv` at once."""
 
     rules = StreamBatch
+
+    @property
+    def budget(self) -> int | float:
+        """The cache's slots, or their share of the prompt."""
+        return self.batch.asked  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class EvictVectorEnv(TraceVectorEnv):

@@ -26,7 +26,7 @@ from kvenv.learning.episodes import (
 from kvenv.learning.run import Run, load_checkpoint, save_checkpoint
 from kvenv.scorers.base import Head
 from kvenv.scorers.bundle import NetworkScorer
-from kvenv.scorers.network import Architecture, PerHeadMLP, features
+from kvenv.scorers.network import Architecture, PerHeadMLP
 from kvenv.trace import TraceSet
 
 Objective = Callable[[torch.Tensor, torch.Tensor, torch.Generator], torch.Tensor]
@@ -112,11 +112,8 @@ def fit(
         episodes, held = split_documents(traces)
 
     model = traces[0].model
-    network = PerHeadMLP(
-        chosen,
-        architecture.inputs(model.head_dim),
-        architecture.hidden,
-        torch.Generator().manual_seed(optimisation.seed),
+    network = architecture.build(
+        chosen, model.head_dim, torch.Generator().manual_seed(optimisation.seed)
     )
     optimiser = torch.optim.AdamW(network.parameters(), weight_decay=optimisation.weight_decay)
     identity = {
@@ -133,7 +130,7 @@ def fit(
     if start == 0:
         _standardise(network, stream(traces, episodes, chosen), architecture)
 
-    logger = _logger(run)
+    logger = run.logger()
     measured: dict[str, float] = {}
     began = time.monotonic() - spent
     steps, batch = optimisation.steps, optimisation.batch
@@ -204,7 +201,7 @@ def evaluate(
 
 
 def _features(episode: HeadBatch, architecture: Architecture) -> torch.Tensor:
-    return features(episode.keys, episode.values, episode.positions, architecture.features)
+    return architecture.read(episode.keys, episode.values, episode.positions)
 
 
 def _standardise(
@@ -286,16 +283,3 @@ def _resume(
             moments.setdefault(int(index), {})[name] = tensor
     optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
     return int(state["step"]), float(state["seconds"])
-
-
-def _logger(run: Run) -> Any:
-    if run.tensorboard is None:
-        return None
-    from stable_baselines3.common.logger import configure
-
-    try:
-        return configure(str(run.tensorboard), ["tensorboard"])
-    except (AssertionError, ImportError) as error:
-        raise KvenvError(
-            "TensorBoard logs need the tensorboard package: pip install 'kvenv[tensorboard]'"
-        ) from error

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,6 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from kvenv.errors import KvenvError
 from kvenv.trace import TraceSet
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.logger import Logger
 
 STATE, TENSORS = "checkpoint.json", "tensors.safetensors"
 
@@ -48,6 +51,23 @@ class Run:
                 raise KvenvError(
                     f"{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1"
                 )
+
+    def logger(self) -> Logger | None:
+        """What writes to `tensorboard`, if anything is to be written.
+
+        Raises:
+            KvenvError: if TensorBoard is not installed.
+        """
+        if self.tensorboard is None:
+            return None
+        from stable_baselines3.common.logger import configure  # seconds that others need not wait
+
+        try:
+            return configure(str(self.tensorboard), ["tensorboard"])
+        except (AssertionError, ImportError) as error:
+            raise KvenvError(
+                "TensorBoard logs need the tensorboard package: pip install 'kvenv[tensorboard]'"
+            ) from error
 
 
 def save_checkpoint(

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from kvenv import identity
 from kvenv.errors import KvenvError
 from kvenv.scorers.base import Head, Pointwise
-from kvenv.scorers.network import Architecture, PerHeadMLP, features
+from kvenv.scorers.network import Architecture, PerHeadMLP
 from kvenv.trace import ModelInfo
 
 FORMAT, VERSION = "kvenv-scorer", 1
@@ -64,7 +64,7 @@ class NetworkScorer(Pointwise):
         if all(layer != at for at, _ in self.network.heads):
             return keys.new_full((batch, heads, n), torch.nan, dtype=torch.float32)
         network, rows = self._layer(layer, keys.device)
-        x = features(keys[:, rows], values[:, rows], positions[:, rows], self.architecture.features)
+        x = self.architecture.read(keys[:, rows], values[:, rows], positions[:, rows])
         scores = network(x.transpose(0, 1).reshape(len(rows), batch * n, -1))
         scores = scores.view(len(rows), batch, n).transpose(0, 1)
         if len(rows) == heads:
@@ -78,7 +78,7 @@ class NetworkScorer(Pointwise):
         if layer not in self._layers:
             rows = [i for i, head in enumerate(self.network.heads) if head[0] == layer]
             heads = [self.network.heads[i] for i in rows]
-            part = PerHeadMLP(heads, self.network.mean.shape[-1], self.architecture.hidden)
+            part = self.architecture.build(heads, self.model.head_dim)
             state = {name: tensor[rows] for name, tensor in self.network.state_dict().items()}
             part.load_state_dict(state)
             self._layers[layer] = (part.requires_grad_(False), [head[1] for head in heads])
@@ -179,9 +179,13 @@ class NetworkScorer(Pointwise):
         folder = _local(source)
         config = _config(folder)
         try:
+            shape = config["architecture"]
+            budget = shape.get("budget")
             architecture = Architecture(
-                features=tuple(config["architecture"]["features"]),
-                hidden=tuple(int(width) for width in config["architecture"]["hidden"]),
+                features=tuple(shape["features"]),
+                hidden=tuple(int(width) for width in shape["hidden"]),
+                activation=shape.get("activation", "gelu"),
+                budget=None if budget is None else int(budget),
             )
             info = ModelInfo(**{**config["model"], "layers": tuple(config["model"]["layers"])})
             heads = [(int(layer), int(head)) for layer, head in config["heads"]]
@@ -189,7 +193,7 @@ class NetworkScorer(Pointwise):
             raise KvenvError(
                 f"{folder / CONFIG} is damaged ({error!r}): export the agent again"
             ) from error
-        network = PerHeadMLP(heads, architecture.inputs(info.head_dim), architecture.hidden)
+        network = architecture.build(heads, info.head_dim)
         _load_weights(network, folder / WEIGHTS)
         scorer = cls(
             network, architecture, info, config.get("training", {}), config.get("metrics", {})

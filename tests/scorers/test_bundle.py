@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kvenv import identity
 from kvenv.errors import KvenvError
 from kvenv.scorers import NetworkScorer, Scorer, bundle
-from kvenv.scorers.network import Architecture, PerHeadMLP
+from kvenv.scorers.network import Architecture
 from kvenv.trace import ModelInfo
 
 INFO = ModelInfo("tiny/llama", "f00d", "llama", "t0k", 4, 2, 4, 8, (1, 3))
@@ -22,11 +22,11 @@ ALL = ((1, 0), (1, 1), (3, 0), (3, 1))
 
 
 def make(
-    heads: tuple = ALL, seed: int = 0, model: ModelInfo = INFO, **architecture: tuple
+    heads: tuple = ALL, seed: int = 0, model: ModelInfo = INFO, **architecture: object
 ) -> NetworkScorer:
     shape = Architecture(**{"hidden": (6, 5), **architecture})
     noise = torch.Generator().manual_seed(seed)
-    network = PerHeadMLP(heads, shape.inputs(model.head_dim), shape.hidden, noise)
+    network = shape.build(heads, model.head_dim, noise)
     network.mean.normal_(generator=noise)
     network.std.uniform_(0.5, 2, generator=noise)
     return NetworkScorer(network, shape, model, {"agent": "kvp", "seed": seed}, {"closure": 0.5})
@@ -100,7 +100,14 @@ def test_position_features_reach_the_network():
 
 
 @pytest.mark.parametrize("heads", [ALL, ((1, 1), (3, 0))])
-@pytest.mark.parametrize("architecture", [{}, {"features": ("value", "position"), "hidden": ()}])
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        {},
+        {"features": ("value", "position"), "hidden": ()},
+        {"features": ("key", "fill"), "budget": 4, "activation": "tanh"},
+    ],
+)
 def test_a_round_trip_changes_no_bit(tmp_path: Path, heads: tuple, architecture: dict):
     scorer = make(heads, **architecture)
     scorer.save_pretrained(tmp_path / "deep" / "bundle")
@@ -123,9 +130,30 @@ def test_a_bundle_is_safetensors_and_json_alone(saved: Path):
     assert (config["format"], config["version"]) == ("kvenv-scorer", 1)
     assert config["model"]["id"] == "tiny/llama"
     assert config["heads"] == [list(head) for head in ALL]
-    assert config["architecture"] == {"features": ["key", "value"], "hidden": [6, 5]}
+    assert config["architecture"] == {
+        "features": ["key", "value"],
+        "hidden": [6, 5],
+        "activation": "gelu",
+        "budget": None,
+    }
     assert config["training"] == {"agent": "kvp", "seed": 0}
     assert saved.stat().st_mode & 0o777 == 0o755
+
+
+def test_a_bundle_from_before_there_were_activations_and_budgets_loads(saved: Path):
+    before = NetworkScorer.from_pretrained(saved)
+    change_config(saved, lambda config: config["architecture"].pop("activation"))
+    change_config(saved, lambda config: config["architecture"].pop("budget"))
+    assert NetworkScorer.from_pretrained(saved).architecture == before.architecture
+
+
+def test_how_full_the_cache_is_reaches_the_network():
+    scorer, given = make(features=("fill",), budget=4, activation="relu"), tokens()
+    scores = scorer.score(1, *given)
+    assert (scores[..., 4:] == scores[..., 4:5]).all()  # the cache is full from token 4 on
+    assert len(scores[0, 0].unique()) == 5
+    twin = make(features=("fill",), budget=4, activation="tanh")
+    assert not torch.equal(scores, twin.score(1, *given))
 
 
 def test_saving_replaces_a_bundle_and_leaves_nothing_else(saved: Path):
@@ -273,6 +301,9 @@ def test_another_configuration_is_an_error(saved: Path, text: str, words: list[s
         lambda config: config["model"].update(head_dim="8"),
         lambda config: config["architecture"].update(features=["age"]),
         lambda config: config["architecture"].update(hidden=["wide"]),
+        lambda config: config["architecture"].update(activation="sine"),
+        lambda config: config["architecture"].update(budget=8),
+        lambda config: config["architecture"].update(features=["fill"], budget="wide"),
     ],
 )
 def test_a_damaged_configuration_is_an_error(saved: Path, change: Callable):

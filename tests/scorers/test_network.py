@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import gelu
 
 from kvenv.errors import KvenvError
-from kvenv.scorers.network import Architecture, PerHeadMLP, features
+from kvenv.scorers.network import ACTIVATIONS, Architecture, PerHeadMLP, features
 
 HEADS = ((0, 1), (2, 0), (2, 1))
 
@@ -30,6 +30,17 @@ def test_each_head_is_an_mlp_of_its_own_over_standardised_inputs(hidden: tuple[i
         for depth, (weight, bias) in enumerate(zip(net.weights, net.biases, strict=True)):
             layer = (gelu(layer) if depth else layer) @ weight[row] + bias[row]
         torch.testing.assert_close(scores[row], layer.squeeze(-1))
+
+
+@pytest.mark.parametrize("name", list(ACTIVATIONS))
+def test_an_activation_is_torchs_own_of_that_name(name: str):
+    module = {"gelu": "GELU", "relu": "ReLU", "tanh": "Tanh", "elu": "ELU", "silu": "SiLU"}[name]
+    net = PerHeadMLP(HEADS, 6, (5,), torch.Generator().manual_seed(0), name)
+    x = torch.randn(3, 7, 6, generator=torch.Generator().manual_seed(1))
+    for row in range(3):
+        inner = getattr(torch.nn, module)()(x[row] @ net.weights[0][row] + net.biases[0][row])
+        expected = inner @ net.weights[1][row] + net.biases[1][row]
+        torch.testing.assert_close(net(x)[row], expected.squeeze(-1))
 
 
 def test_gradients_of_one_head_reach_no_other():
@@ -63,13 +74,29 @@ def test_features_come_in_the_order_named():
     assert torch.equal(features(keys, values, positions, ("key",)), keys.float())
 
 
+def test_fill_is_the_share_of_the_budget_that_a_token_finds_taken():
+    tokens, positions = torch.zeros(4, 8), torch.tensor([0, 1, 4, 100])
+    x = features(tokens, tokens, positions, ("fill",), budget=4)
+    assert x.squeeze(-1).tolist() == [0, 0.25, 1, 1]
+    with pytest.raises(KvenvError, match="needs a budget"):
+        features(tokens, tokens, positions, ("fill",))
+
+
 @pytest.mark.parametrize(
-    ("names", "width"), [(("key",), 8), (("key", "value"), 16), (("value", "position"), 9)]
+    ("names", "width"),
+    [
+        (("key",), 8),
+        (("key", "value"), 16),
+        (("value", "position"), 9),
+        (("key", "value", "position", "fill"), 18),
+    ],
 )
 def test_the_architecture_knows_its_input_width(names: tuple, width: int):
-    assert Architecture(names).inputs(8) == width
-    tokens = torch.zeros(1, 8)
-    assert features(tokens, tokens, torch.zeros(1), names).shape[-1] == width
+    shape = Architecture(names, budget=3 if "fill" in names else None)
+    tokens = torch.zeros(1, 5, 8)
+    x = shape.read(tokens, tokens, torch.zeros(1, 5, dtype=torch.int64))
+    assert shape.inputs(8) == width == x.shape[-1]
+    assert shape.build([(0, 0)], 8)(x).shape == (1, 5)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +105,10 @@ def test_the_architecture_knows_its_input_width(names: tuple, width: int):
         ({"features": ()}, "features"),
         ({"features": ("key", "key")}, "distinct"),
         ({"features": ("key", "age")}, "'age'"),
+        ({"activation": "sine"}, "'sine': choose from gelu, relu"),
+        ({"features": ("key", "fill")}, "fill needs a budget"),
+        ({"budget": 64}, "budget=64"),
+        ({"features": ("fill",), "budget": 0}, "budget=0"),
         ({"hidden": (128, 0)}, r"hidden widths \[128, 0\]"),
     ],
 )
