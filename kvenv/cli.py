@@ -20,6 +20,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": commands.train,
     "evaluate": commands.evaluate,
     "generate": commands.generate,
+    "dataset": commands.dataset,
     "bench": commands.bench,
 }
 PLUGINS: dict[str, plugins.Kind] = {"record": "workload", "train": "agent"}

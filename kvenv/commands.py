@@ -14,7 +14,7 @@ from rich.table import Table
 from kvenv.display import console, print_results, print_summary, progress_bar
 from kvenv.errors import KvenvError
 from kvenv.scorers import Head, load_scorer
-from kvenv.trace import TraceSet
+from kvenv.trace import TraceSet, packaged
 
 
 def record(
@@ -289,10 +289,90 @@ def generate(
     console.print(table)
 
 
+def dataset(
+    environment: Literal["rank", "stream", "evict"],
+    traces: str,
+    agent: str,
+    episodes: int = 100,
+    budget: float | None = None,
+    sinks: int = 0,
+    recent: int = 0,
+    sink_free: bool = False,
+    layer: int | None = None,
+    head: int | None = None,
+    seed: int = 0,
+    out: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Play an agent in an environment and keep its episodes as a Minari dataset.
+
+    The returns of the random and the oracle agents on the same episodes are kept beside them, as
+    what a normalised score of 0 and 1 means.
+
+    Args:
+        environment: rank, stream or evict.
+        traces: trace sets, separated by commas; stream and evict need all queries.
+        agent: a heuristic's name or a bundle's folder.
+        episodes: how many to play.
+        budget: tokens each head may keep; below 1, a share of the prompt. Without, rank averages
+            over every budget, and stream and evict keep 64.
+        sinks: first tokens that are always kept.
+        recent: last tokens that are always kept.
+        sink_free: attention to the first 4 tokens does not count.
+        layer: play this one only.
+        head: play this KV head only.
+        seed: of the first episode; each has its own.
+        out: the folder of all datasets; without, Minari's own (MINARI_DATASETS_PATH).
+        overwrite: replace a dataset of that name.
+    """
+    import gymnasium as gym
+
+    from kvenv.datasets import dataset_id, write_dataset
+    from kvenv.evaluation.play import ScorerPolicy
+
+    # Absolute, so that the dataset finds its traces from any folder; an id stays one.
+    sets = [t if t in packaged() else str(Path(t).absolute()) for t in _names(traces, "traces")]
+    made: dict[str, Any] = {"layer": layer, "head": head, "sinks": sinks, "recent": recent}
+    if budget is not None:
+        tokens = budget if budget < 1 else round(budget)
+        made |= {"budgets": [tokens]} if environment == "rank" else {"budget": tokens}
+    env = gym.make(
+        f"kvenv/{environment.capitalize()}-v0",
+        traces=sets if len(sets) > 1 else sets[0],
+        sink_free=sink_free,
+        **made,
+    )
+    player, worst, best = (
+        ScorerPolicy(load_scorer(name), env) for name in (agent, "random", "oracle")
+    )
+    written = write_dataset(
+        env,
+        Path(agent).name,
+        player,
+        episodes=episodes,
+        seed=seed,
+        references=(worst, best),
+        root=out,
+        overwrite=overwrite,
+        progress=True,
+    )
+    facts = written.storage.metadata
+    returns = [sum(episode.rewards) for episode in written.iterate_episodes()]
+    console.print(
+        f"wrote {dataset_id(env, Path(agent).name)}: {written.total_episodes} episodes, "
+        f"{written.total_steps} steps; mean return {sum(returns) / len(returns):.3f} "
+        f"(random {facts['ref_min_score']:.3f}, oracle {facts['ref_max_score']:.3f})",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
 def bench(
-    what: Literal["record"],
-    model: str = "smollm2-135m",
+    what: Literal["record", "env"],
+    model: str | None = None,
     tokens: list[int] | None = None,
+    sizes: list[str] | None = None,
+    num_envs: list[int] | None = None,
     repeats: int = 5,
     json: Path | None = None,
 ) -> None:
@@ -300,18 +380,38 @@ def bench(
 
     record: recording an episode, against a plain forward pass over the same tokens, one that skips
     the logits nobody reads (as the recorder does), and output_attentions=True; time, peak memory.
+    env: stepping vector environments, against Gymnasium's SyncVectorEnv and stable-baselines3's
+    DummyVecEnv over single ones, and a bare copy of the observations; steps a second.
 
     Args:
-        what: record.
-        model: smollm2-135m, gemma-3-270m, a checkpoint folder or a hub id.
-        tokens: episode lengths, prompt and future together; default 1024,2048.
+        what: record or env.
+        model: record: smollm2-135m (default), gemma-3-270m, a checkpoint folder or a hub id.
+        tokens: record: episode lengths, prompt and future together; default 1024,2048.
+        sizes: env: of an observation, small (2 KiB), medium (32) or large (256); default all.
+        num_envs: env: environments stepped together; default 1,8,64,256.
         repeats: timed runs of each; the median counts.
         json: write all figures, with their provenance, to this file.
     """
     from kvenv.evaluation.statistics import provenance
-    from kvenv.recording.bench import run
 
-    result = {**provenance(), **run(model, tokens or [1024, 2048], repeats, console)}
+    foreign = (
+        {"sizes": sizes, "num-envs": num_envs}
+        if what == "record"
+        else {"model": model, "tokens": tokens}
+    )
+    if given := [f"--{name}" for name, value in foreign.items() if value is not None]:
+        raise KvenvError(f"bench {what} takes no {' or '.join(given)}: leave it out")
+    if what == "record":
+        from kvenv.recording.bench import run
+
+        figures = run(model or "smollm2-135m", tokens or [1024, 2048], repeats, console)
+    else:
+        from kvenv.envs import bench
+
+        figures = bench.run(
+            sizes or list(bench.SIZES), num_envs or bench.NUM_ENVS, repeats, console
+        )
+    result = {**provenance(), **figures}
     if json is not None:
         write_json(json, result)
 

@@ -315,6 +315,9 @@ def test_lists_are_given_with_commas(text: str, hint: Any, spelt: str) -> None:
         (f"{GENERATE} --max-new-tokens 0", ["max-new-tokens is 0"]),
         ("bench", ["must be given"]),
         ("bench record --model model0 --tokens 9", ["tokens [9]"]),
+        ("bench record --num-envs 8", ["bench record takes no --num-envs"]),
+        ("bench env --model model0 --tokens 99", ["bench env takes no --model or --tokens"]),
+        ("bench env --sizes small,huge", ["unknown size 'huge'", "small, medium, large"]),
     ],
 )
 def test_unusable_input_is_one_line(refused: Refused, command: str, parts: list[str]) -> None:

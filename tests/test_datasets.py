@@ -12,6 +12,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
+from kvenv.cli import main
 from kvenv.datasets import dataset_id, write_dataset
 from kvenv.errors import KvenvError
 
@@ -253,3 +254,29 @@ def test_without_minari_the_extra_is_named(env: gym.Env, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "minari", None)
     with pytest.raises(KvenvError, match=r"pip install 'kvenv\[minari\]'"):
         write_dataset(env, "a", ranked, episodes=1)
+
+
+@pytest.mark.parametrize("environment", ["rank", "stream", "evict"])
+def test_the_command_writes_a_heuristics_episodes(
+    traces: str, tmp_path: Path, monkeypatch, capsys, environment: str
+) -> None:
+    monkeypatch.chdir(Path(traces).parent)
+    command = ["dataset", environment, "--traces", Path(traces).name, "--agent", "knorm"]
+    command += ["--episodes", "3", "--budget", "0.25", "--seed", "5", "--out", str(tmp_path)]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert f"wrote kvenv/{environment}/knorm-v0: 3 episodes" in said
+    monkeypatch.chdir(tmp_path)  # the traces are found from any folder
+    written = minari.MinariDataset(tmp_path / f"kvenv/{environment}/knorm-v0/data")
+    facts = written.storage.metadata
+    assert facts["ref_min_score"] < facts["ref_max_score"]
+    env = written.recover_environment()
+    for episode in written.iterate_episodes():
+        env.reset(seed=5 + int(episode.id))
+        rewards = [env.step(action)[1] for action in episode.actions]
+        assert rewards == episode.rewards.tolist()
+    assert main(command) == 2
+    assert "exists: overwrite it (--overwrite)" in capsys.readouterr().err
+    if environment == "stream":
+        assert main([*command[:5], "keydiff", "--out", str(tmp_path)]) == 2
+        assert "use kvenv/Evict-v0" in capsys.readouterr().err

@@ -86,6 +86,21 @@ def resolve_budgets(budgets: Sequence[Budget] | None, n: int) -> list[int] | Non
     return u.check_budgets(tokens, n)
 
 
+def ranking(scores: np.ndarray) -> np.ndarray:
+    """`kvenv.utility.ranking` of scores (N, M) without NaN; of float32 ones, several times as fast.
+
+    Whole numbers with the score's bits above the token's place sort without ties, so that the
+    fastest sort will do.
+    """
+    if scores.dtype != np.float32:
+        return u.ranking(scores)
+    bits = (0 - scores).view(np.int32)  # the highest first; 0 - x makes both zeros one
+    ascending = (bits ^ (bits >> 31 & 0x7FFFFFFF)).astype(np.int64)  # as the floats are
+    keys = ascending << 32 | np.arange(scores.shape[-1])
+    keys.sort(-1)
+    return keys & 0xFFFFFFFF
+
+
 def rank_curve(utility: np.ndarray, scores: np.ndarray, n: np.ndarray) -> np.ndarray:
     """Retention of a batch of rankings of different lengths, as `kvenv.utility.retention` has it.
 
@@ -97,7 +112,7 @@ def rank_curve(utility: np.ndarray, scores: np.ndarray, n: np.ndarray) -> np.nda
     Returns:
         (N, M) float64; entry b-1 is the share of A held by the first b tokens of the ranking.
     """
-    order = u.ranking(scores)
+    order = ranking(scores)
     mass = np.take_along_axis(utility.astype(np.float64), order, -1).cumsum(-1)
     total = mass[:, -1:]
     chance = np.arange(1, mass.shape[-1] + 1) / n[:, None]

@@ -140,3 +140,28 @@ def _spread(scores: np.ndarray) -> np.ndarray:
     """Scores as evenly spread numbers in [-1, 1]; their order and ties stay."""
     order = np.unique(scores, return_inverse=True)[1]
     return 2 * order / max(int(order.max()), 1) - 1
+
+
+def play_all(env: gym.Env[Any, Any], scorer: Scorer, figure: str) -> np.ndarray:
+    """Play every episode and head that an environment draws, each once, with a scorer.
+
+    Args:
+        env: a single kvenv environment.
+        scorer: what plays.
+        figure: which entry of the last info to take: "closure" or "retention".
+
+    Returns:
+        (episodes, heads) float64, in the order of the environment's ``episodes`` and ``heads``.
+    """
+    policy = ScorerPolicy(scorer, env)
+    base: Any = env.unwrapped
+
+    def play(episode: int, layer: int, head: int) -> float:
+        options = {"episode": episode, "layer": layer, "head": head}
+        observation, info = env.reset(options=options)
+        over = False
+        while not over:
+            observation, _, over, _, info = env.step(policy(observation, info))
+        return float(info[figure])
+
+    return np.array([[play(e, layer, head) for layer, head in base.heads] for e in base.episodes])

@@ -115,3 +115,41 @@ def split_documents(traces: Sequence[TraceSet], every: int = 10) -> tuple[list[I
     held = list(documents)[every // 2 :: every] or list(documents)[1:2]
     train = [i for name, indices in documents.items() if name not in held for i in indices]
     return train, [i for name in held for i in documents[name]]
+
+
+def hold_out(
+    traces: Sequence[TraceSet], validation: Sequence[TraceSet], heads: Sequence[Head]
+) -> tuple[list[Index], Sequence[TraceSet], list[Index]]:
+    """What to train on, and what to hold out: the validation sets, or a tenth of the documents.
+
+    Returns:
+        The training episodes; the sets that the held-out episodes are in; those episodes.
+
+    Raises:
+        KvenvError: if the validation sets lack one of the heads.
+    """
+    if not validation:
+        train, held = split_documents(traces)
+        return train, traces, held
+    choose_heads(validation, heads)
+    train, held = (
+        [(w, i) for w, t in enumerate(s) for i in range(len(t))] for s in (traces, validation)
+    )
+    return train, validation, held
+
+
+def moments(inputs: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and mean square of inputs (H, n, F) over all tokens, (H, 1, F) float64 each."""
+    count, total, square = 0, torch.zeros(()), torch.zeros(())
+    for x in inputs:
+        x = x.double()
+        count += x.shape[1]
+        total = total + x.sum(1, keepdim=True)
+        square = square + x.square().sum(1, keepdim=True)
+    return total / count, square / count
+
+
+def deviation(mean: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
+    """The standard deviation; 1 for what never varies, which dividing then leaves at zero."""
+    variance = square - mean.square()
+    return torch.where(variance > 1e-10, variance, 1.0).sqrt()

@@ -19,8 +19,10 @@ from kvenv.learning.episodes import (
     HeadBatch,
     Index,
     choose_heads,
+    deviation,
+    hold_out,
+    moments,
     same_model,
-    split_documents,
     stream,
 )
 from kvenv.learning.run import Run, load_checkpoint, save_checkpoint
@@ -100,17 +102,7 @@ def fit(
     run = run or Run()
     same_model([*traces, *run.validation])
     chosen = choose_heads(traces, heads)
-    if run.validation:
-        choose_heads(run.validation, chosen)
-        episodes = [(w, i) for w, t in enumerate(traces) for i in range(len(t))]
-        held_sets, held = (
-            run.validation,
-            [(w, i) for w, t in enumerate(run.validation) for i in range(len(t))],
-        )
-    else:
-        held_sets = traces
-        episodes, held = split_documents(traces)
-
+    episodes, held_sets, held = hold_out(traces, run.validation, chosen)
     model = traces[0].model
     network = architecture.build(
         chosen, model.head_dim, torch.Generator().manual_seed(optimisation.seed)
@@ -128,7 +120,9 @@ def fit(
     identity = json.loads(json.dumps(identity))  # as a checkpoint will give it back
     start, spent = _resume(run, network, optimiser, identity)
     if start == 0:
-        _standardise(network, stream(traces, episodes, chosen), architecture)
+        mean, square = moments(_features(e, architecture) for e in stream(traces, episodes, chosen))
+        network.mean.copy_(mean)
+        network.std.copy_(deviation(mean, square))
 
     logger = run.logger()
     measured: dict[str, float] = {}
@@ -202,23 +196,6 @@ def evaluate(
 
 def _features(episode: HeadBatch, architecture: Architecture) -> torch.Tensor:
     return architecture.read(episode.keys, episode.values, episode.positions)
-
-
-def _standardise(
-    network: PerHeadMLP, data: Iterator[HeadBatch], architecture: Architecture
-) -> None:
-    """Set the networks' input mean and standard deviation from one pass over the episodes."""
-    count, total, square = 0, 0.0, 0.0
-    for episode in data:
-        x = _features(episode, architecture).double()
-        count += x.shape[1]
-        total = total + x.sum(1, keepdim=True)
-        square = square + x.square().sum(1, keepdim=True)
-    mean = torch.as_tensor(total) / count
-    variance = torch.as_tensor(square) / count - mean.square()
-    network.mean.copy_(mean)
-    # An input that never varies carries nothing; dividing by 1 leaves it at zero.
-    network.std.copy_(torch.where(variance > 1e-10, variance, 1.0).sqrt())
 
 
 def _order(episodes: Sequence[Index], seed: int, start: int, stop: int) -> Iterator[Index]:

@@ -103,6 +103,23 @@ def test_curves_of_different_lengths_are_the_learners_to_the_last_bit(utility, l
 
 
 @given(
+    hnp.arrays(
+        np.float32,
+        hnp.array_shapes(min_dims=2, max_dims=2, max_side=9),
+        elements=st.sampled_from([0.0, -0.0, 1e-45, -1e-45, 0.5, -0.5, 3e38, -3e38])
+        | st.floats(width=32, allow_nan=False),
+    )
+)
+def test_ranking_is_the_learners_ties_zeros_and_infinities_included(scores: np.ndarray) -> None:
+    expected = u.ranking(scores)
+    for given_as in (scores, scores.astype(np.float64), np.asfortranarray(scores), scores[:, ::-1]):
+        order = core.ranking(given_as)
+        assert order.dtype == expected.dtype
+        np.testing.assert_array_equal(order, u.ranking(given_as))
+    np.testing.assert_array_equal(core.ranking(scores), expected)
+
+
+@given(
     hnp.arrays(np.float64, (3, 9), elements=st.floats(0, 1)),
     st.sampled_from([None, [1], [5, 2, 2], [0.25, 3], [1.0]]),
 )

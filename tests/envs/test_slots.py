@@ -72,7 +72,7 @@ def stream(env: StreamEnv, scores: np.ndarray) -> tuple[list[set[int]], list[flo
 
 
 @settings(max_examples=25)
-@given(st.integers(0, 99), st.integers(1, 20), st.integers(0, 5), st.integers(1, 6), st.booleans())
+@given(st.integers(0, 99), st.integers(1, 17), st.integers(0, 5), st.integers(1, 6), st.booleans())
 def test_stream_holds_what_an_eviction_cache_holds(
     folder: str, seed: int, spare: int, sinks: int, recent: int, ties: bool
 ) -> None:

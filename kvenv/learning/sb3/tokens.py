@@ -11,7 +11,14 @@ import torch
 from torch import nn
 
 from kvenv.errors import KvenvError
-from kvenv.learning.episodes import choose_heads, same_model, stream
+from kvenv.learning.episodes import (
+    Index,
+    choose_heads,
+    deviation,
+    moments,
+    same_model,
+    stream,
+)
 from kvenv.scorers.base import Head
 from kvenv.scorers.network import Architecture, Feature, PerHeadMLP, features
 from kvenv.trace import TraceSet
@@ -24,6 +31,7 @@ def standardise(
     heads: Sequence[Head] | None = None,
     names: Sequence[Feature] = ("key", "value"),
     budget: int | None = None,
+    episodes: Sequence[Index] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of prompt tokens' features over episodes and heads, (F,) each.
 
@@ -32,19 +40,16 @@ def standardise(
         heads: which heads; None means every recorded one.
         names: which features, in order.
         budget: of the feature "fill", in tokens.
+        episodes: which ones, as (trace set, episode within it); None means all.
     """
     same_model(traces)
-    episodes = [(where, i) for where, one in enumerate(traces) for i in range(len(one))]
-    count, total, square = 0, torch.zeros(()), torch.zeros(())
-    for episode in stream(traces, episodes, choose_heads(traces, heads)):
-        x = features(episode.keys, episode.values, episode.positions, names, budget)
-        x = x.double().flatten(0, 1)
-        count, total, square = count + len(x), total + x.sum(0), square + x.square().sum(0)
-    mean = total / count
-    variance = square / count - mean.square()
-    # An input that never varies carries nothing; dividing by 1 leaves it at zero.
-    std = torch.where(variance > 1e-10, variance, 1.0).sqrt()
-    return mean.float().numpy(), std.float().numpy()
+    if episodes is None:
+        episodes = [(where, i) for where, one in enumerate(traces) for i in range(len(one))]
+    mean, square = moments(
+        features(one.keys, one.values, one.positions, names, budget).flatten(0, 1)[None]
+        for one in stream(traces, episodes, choose_heads(traces, heads))
+    )
+    return mean.flatten().float().numpy(), deviation(mean, square).flatten().float().numpy()
 
 
 def mlp(inputs: int, hidden: Sequence[int], outputs: int, activation: type[nn.Module]) -> nn.Module:
