@@ -67,6 +67,47 @@ def test_a_workload_and_an_agent_of_ones_own() -> None:
     assert agents.keys() == {"my_agent.py", "knorm", "oracle"}
 
 
+def test_watch_stream_writes_a_gif_and_a_film(monkeypatch, capsys) -> None:
+    pytest.importorskip("moviepy")
+    run("watch_stream.py", "--mp4", "--every", "40", monkeypatch=monkeypatch)
+    assert "retention 0.9" in capsys.readouterr().out
+    picture = Image.open("stream.gif")
+    assert (picture.size, picture.n_frames) == ((960, 540), 10)
+    assert [path.suffix for path in Path("videos").iterdir()] == [".mp4"]
+
+
+def test_sb3_ppo_beats_chance(monkeypatch, capsys) -> None:
+    run("sb3_ppo.py", "--steps", "256", monkeypatch=monkeypatch)
+    closure = float(re.findall(r"closure (.*)", capsys.readouterr().out)[-1])
+    assert closure > 0.5
+    assert load_scorer("ppo").heads == {(10, 1)}
+
+
+def test_learning_curves_are_drawn(monkeypatch) -> None:
+    sets = [
+        word for option in ("train", "validation", "test") for word in (f"--{option}", "sample")
+    ]
+    run("learning_curves.py", *sets, "--heads", "10:1", "--share", "0.005", monkeypatch=monkeypatch)
+    results = json.loads(Path("learning_curves.json").read_text())
+    for title in ("PPO on Rank-v0", "MaskablePPO on Evict-v0"):
+        assert len(results[title]["curves"]["10:1"]) >= 1
+        assert results[title]["test"].keys() == {
+            "learned",
+            "random",
+            "streaming",
+            "knorm",
+            "oracle",
+        }
+        assert results[title]["test"]["oracle"]["10:1"]["mean"] > 0.9
+    assert np.asarray(Image.open("learning_curves.png")).std() > 10
+
+
+@pytest.mark.slow
+def test_linear_agent_learns_and_decodes(monkeypatch, capsys) -> None:
+    run("linear_agent.py", monkeypatch=monkeypatch)
+    assert "of 30 layers evict" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_demo(monkeypatch) -> None:
     sizes = ["--episodes", "2", "--held-out", "2", "--prompt-tokens", "200", "--steps", "4"]
@@ -76,8 +117,8 @@ def test_demo(monkeypatch) -> None:
     assert results["documents"] == 4
 
 
-def test_the_readme_has_its_three_snippets() -> None:
-    assert len(SNIPPETS) == 3
+def test_the_readme_has_its_four_snippets() -> None:
+    assert len(SNIPPETS) == 4
 
 
 @pytest.mark.parametrize(
