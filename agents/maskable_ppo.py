@@ -36,7 +36,7 @@ class MaskablePPO:
         gamma: discount.
         gae_lambda: of generalised advantage estimation.
         hidden: widths of the hidden layers.
-        budget: tokens that the cache keeps; below 1, a share of the prompt.
+        budget: tokens that the cache keeps.
         sinks: first tokens that are always kept.
         recent: last tokens that are always kept.
         sink_free: attention to the first 4 tokens does not count in the reward.
@@ -53,7 +53,7 @@ class MaskablePPO:
     gamma: float = 0.99
     gae_lambda: float = 0.97
     hidden: list[int] = field(default_factory=lambda: [64, 64])
-    budget: float = 64
+    budget: int = 64
     sinks: int = 4
     recent: int = 16
     sink_free: bool = False
@@ -74,7 +74,7 @@ class MaskablePPO:
         task = Task(
             env_id="kvenv/Evict-v0",
             arguments={
-                "budget": self.budget if self.budget < 1 else round(self.budget),
+                "budget": self.budget,
                 "sinks": self.sinks,
                 "recent": self.recent,
                 "sink_free": self.sink_free,

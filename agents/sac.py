@@ -20,7 +20,7 @@ from kvenv.trace import TraceSet
 
 @dataclass
 class SAC:
-    """Learn to rank prompts with SAC: a critic of whole rankings teaches a score for each token.
+    """Learn to rank prompts with SAC: a critic of rankings teaches a score for each token.
 
     Args:
         steps: timesteps (rankings) for each head.

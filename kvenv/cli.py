@@ -105,11 +105,10 @@ def _overview() -> str:
 
 
 def _plugin_help(name: str, kind: plugins.Kind) -> str:
-    lines = []
-    for key in plugins.available(kind):
-        plugin = plugins.load(kind, key)
-        if kind == "workload" or plugin.trains:
-            lines.append(f"  {key:<10} {summary_of(plugin).splitlines()[0]}")
+    found = {key: plugins.load(kind, key) for key in plugins.available(kind)}
+    shown = {key: one for key, one in found.items() if kind == "workload" or one.trains}
+    width = max(map(len, (*shown, "./FILE.py")))
+    lines = [f"  {key:<{width}} {summary_of(one).splitlines()[0]}" for key, one in shown.items()]
     return "\n".join(
         [
             f"usage: kvenv {name} {kind.upper()} [options]",
@@ -118,7 +117,7 @@ def _plugin_help(name: str, kind: plugins.Kind) -> str:
             "",
             f"{kind}s:",
             *lines,
-            "  ./FILE.py  your own",
+            f"  {'./FILE.py':<{width}} your own",
             "",
             f"`kvenv {name} {kind.upper()} --help` lists the options.",
         ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as jsonlib
 import shutil
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from kvenv.display import console, print_results, print_summary, progress_bar
 from kvenv.errors import KvenvError
+from kvenv.parsing import attributes_of
 from kvenv.scorers import Head, load_scorer
 from kvenv.trace import TraceSet, packaged
 
@@ -57,7 +59,6 @@ def record(
     from kvenv.recording import models, recorder
 
     language_model, tokenizer = models.load(model, dtype=dtype, device=_device(device))
-    arguments = {key: value for key, value in vars(plugin).items() if not key.startswith("_")}
     traces = recorder.record(
         language_model,
         tokenizer,
@@ -68,7 +69,7 @@ def record(
         future_tokens=future_tokens,
         seed=seed,
         name=name,
-        arguments=arguments,
+        arguments=attributes_of(plugin),
         queries=queries,
         generate=generate,
         layers=layers,
@@ -132,6 +133,7 @@ def train(
             f"{str(out)!r} holds a bundle already: choose another --out, or add --overwrite"
         )
     checkpoint = out.parent / f"{out.name}.checkpoint"
+    began = time.monotonic()
     scorer = plugin.fit(
         _trace_sets(traces),
         parse_heads(heads) if heads else None,
@@ -145,6 +147,7 @@ def train(
             progress=True,
         ),
     )
+    seconds = time.monotonic() - began
     if not isinstance(scorer, NetworkScorer):
         raise KvenvError(
             f"agent {name!r} gave a {type(scorer).__name__}, which cannot be saved: its fit() must "
@@ -153,10 +156,11 @@ def train(
     scorer.save_pretrained(out)
     shutil.rmtree(checkpoint, ignore_errors=True)
     figures = ", ".join(
-        f"{key.replace('_', '-')} {value:.3f}" for key, value in scorer.metrics.items()
+        f"{key.replace('_', '-')} {f'{value:.3f}' if isinstance(value, float) else value}"
+        for key, value in scorer.metrics.items()
     )
     console.print(
-        f"trained {len(scorer.network.heads)} heads in {scorer.training['seconds']:.0f} s; "
+        f"trained {len(scorer.network.heads)} heads in {seconds:.0f} s; "
         f"held out: {figures or 'nothing'}; wrote {out}",
         markup=False,
         soft_wrap=True,

@@ -9,7 +9,6 @@ import re
 import types
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import is_dataclass
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
@@ -42,9 +41,9 @@ class _Formatter(DefaultHelpFormatter):
             notes.append(kind)
         if action.required and action.option_strings:
             notes.append("required")
-        elif isinstance(action.default, list):
+        elif isinstance(action.default, list) and action.default:
             notes.append(f"default: {','.join(map(str, action.default))}")
-        elif action.default not in (None, argparse.SUPPRESS):
+        elif action.default not in (None, [], argparse.SUPPRESS):
             notes.append(f"default: {str(action.default).lower()}")
         return f"{text} ({'; '.join(notes)})" if notes else text
 
@@ -106,7 +105,11 @@ def _dashes(text: str) -> str:
 def parse(
     prog: str, command: Callable[..., None], plugin: type | None, rest: list[str]
 ) -> dict[str, Any]:
-    """Parse a command's options, and its plug-in's, from the command line and --config."""
+    """Parse a command's options, and its plug-in's, from the command line and --config.
+
+    Raises:
+        KvenvError: if something typed cannot be used, or no options can be made of the plug-in.
+    """
     hints = hints_of(command)
     own = hints_of(plugin) if plugin is not None else {}
     skip: set[str | int] = {"name", "plugin"}
@@ -131,7 +134,18 @@ def parse(
             optional = {"nargs": "?", "default": argparse.SUPPRESS}  # --config may still give it
         parser.add_argument(key, type=hints[key], help=documented.get(key, ""), **optional)
     if plugin is not None:
-        parser.add_class_arguments(plugin, as_group=True)
+        try:
+            added = parser.add_class_arguments(plugin, as_group=True)
+        except ValueError as error:
+            raise KvenvError(
+                f"{prog}: no options can be made of {plugin.__name__}.__init__ ({error}): give "
+                "each argument a name of its own and a plain type"
+            ) from error
+        if passed := [key for key in added if key not in own]:
+            raise KvenvError(
+                f"{prog}: the plug-in's options {', '.join(passed)} come through **kwargs: name "
+                f"them in {plugin.__name__}.__init__, with their types"
+            )
     values = parser.parse_args(_spell(rest, hints)).as_dict()
     values.pop("config", None)
     values.pop("__path__", None)
@@ -139,11 +153,47 @@ def parse(
 
 
 def hints_of(function: Any) -> dict[str, Any]:
-    """The types of a function's or a class's arguments, those of inherited fields included."""
-    names = inspect.signature(function).parameters
-    fields = is_dataclass(function) or not inspect.isclass(function)
-    hints = typing.get_type_hints(function if fields else function.__init__)
-    return {name: hints[name] for name in names if name in hints}
+    """The types of a function's or a class's arguments, those of inherited fields included.
+
+    An argument whose name begins with an underscore is no option, and left out.
+
+    Raises:
+        KvenvError: if one has no type, or one that cannot be read.
+    """
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    arguments = inspect.signature(function).parameters
+    names = [n for n, a in arguments.items() if a.kind not in several and not n.startswith("_")]
+    typed = function
+    if inspect.isclass(function):
+        owner = next(base for base in function.__mro__ if "__init__" in vars(base))
+        # Of a dataclass's types, some may be names in the modules of the classes it derives from.
+        fields = vars(owner).get("__dataclass_fields__")
+        typed = owner if fields and fields.keys() >= {*names} else owner.__init__
+    try:
+        hints = typing.get_type_hints(typed)
+    except Exception as error:  # a type in quotes is any code
+        raise KvenvError(
+            f"the types of {function.__name__}'s options cannot be read ({error}): import what "
+            "they name when the file is loaded, not under TYPE_CHECKING"
+        ) from error
+    if untyped := [name for name in names if name not in hints]:
+        raise KvenvError(
+            f"{function.__name__}'s options {', '.join(untyped)} have no type: write one for each, "
+            "e.g. steps: int = 100"
+        )
+    return {name: hints[name] for name in names}
+
+
+def attributes_of(plugin: Any) -> dict[str, Any]:
+    """What an instance keeps under names without a leading underscore, in __dict__ or in slots."""
+    slots = (
+        name
+        for base in type(plugin).__mro__
+        for name, value in vars(base).items()
+        if inspect.ismemberdescriptor(value) and hasattr(plugin, name)
+    )
+    names = dict.fromkeys([*getattr(plugin, "__dict__", {}), *slots])
+    return {name: getattr(plugin, name) for name in names if not name.startswith("_")}
 
 
 def _spell(rest: list[str], hints: dict[str, Any]) -> list[str]:

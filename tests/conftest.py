@@ -6,13 +6,18 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
 
+from kvenv import plugins
 from kvenv.trace import EpisodeArrays, Manifest, ModelInfo, TraceSet, TraceWriter
+
+if TYPE_CHECKING:
+    from kvenv.learning.agent import Agent
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a model hub
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -28,6 +33,26 @@ settings.load_profile("kvenv")
 def tiny_traces() -> Callable[..., TraceSet]:
     """`record_tiny`: helpers come as fixtures, since tests are not a package."""
     return record_tiny
+
+
+SB3 = {"steps": 2, "num_envs": 2, "batch": 2}
+QUICK: dict[str, dict[str, Any]] = {
+    "kvp": {"steps": 2},
+    "ppo": {**SB3, "rollout": 2, "epochs": 1, "budget": 8, "sinks": 1, "recent": 1},
+    "sac": {**SB3, "steps": 4, "buffer": 8, "start": 2},
+    "maskable_ppo": {**SB3, "rollout": 2, "epochs": 1, "budget": 8, "sinks": 1, "recent": 1},
+}
+"""Options that make an agent learn in no time, from prompts of a few tokens."""
+
+
+@pytest.fixture(scope="session")
+def quick_agent() -> Callable[..., Agent]:
+    """Makes a shipped agent that learns in no time; options as keywords."""
+
+    def make(name: str, **options: Any) -> Agent:
+        return plugins.load("agent", name)(**{**QUICK.get(name, {}), **options})
+
+    return make
 
 
 def record_tiny(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +11,8 @@ from scipy import stats
 
 from kvenv import plugins
 from kvenv.learning.agent import Agent
-from kvenv.scorers.base import NEEDS, Scorer
+from kvenv.scorers.base import Scorer
+from kvenv.testing import check_agent
 from kvenv.trace import TraceSet
 
 AGENTS = sorted(plugins.available("agent"))
@@ -20,21 +21,14 @@ Inputs = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
-def traces(tiny_traces: Callable[..., TraceSet], tmp_path_factory: pytest.TempPathFactory):
-    return tiny_traces(tmp_path_factory.mktemp("traces") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def scorer_of(traces: TraceSet) -> Callable[[str], Scorer]:
+def fit(
+    tiny_traces: Callable[..., TraceSet],
+    quick_agent: Callable[..., Agent],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], Scorer]:
     """A scorer by its agent's name, after hardly any training."""
-    return lambda name: fit(name, traces)
-
-
-def fit(name: str, traces: TraceSet) -> Scorer:
-    plugin = plugins.load("agent", name)
-    agent = plugin(steps=2) if plugin.trains else plugin()
-    assert isinstance(agent, Agent)
-    return agent.fit([traces] if plugin.trains else [])
+    traces = tiny_traces(tmp_path_factory.mktemp("traces") / "tiny")
+    return functools.cache(lambda name: quick_agent(name).fit([traces]))
 
 
 def inputs(batch: int = 3, n: int = 11, dtype: torch.dtype = torch.float32) -> Inputs:
@@ -61,31 +55,11 @@ def score(scorer: Scorer, given: Inputs) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", AGENTS)
 class TestContract:
-    def test_the_scorer_says_what_it_is(self, name: str, scorer_of, traces: TraceSet):
-        scorer = scorer_of(name)
-        assert isinstance(scorer, Scorer)
-        assert scorer.needs <= NEEDS
-        assert isinstance(scorer.pointwise, bool)
-        assert scorer.heads is None or scorer.heads == set(traces.heads)
+    def test_it_is_kept(self, name: str, quick_agent):
+        check_agent(quick_agent(name))
 
-    @pytest.mark.parametrize(("batch", "n"), [(3, 11), (1, 1), (2, 40)])
-    def test_scores_are_a_float32_number_for_each_token(
-        self, name: str, scorer_of, batch: int, n: int
-    ):
-        scores = score(scorer_of(name), inputs(batch, n))
-        assert scores.shape == (batch, 2, n)
-        assert scores.dtype == torch.float32
-        assert not scores.isnan().any()
-        assert not scores.requires_grad
-
-    def test_zeros_and_large_numbers_give_no_nan(self, name: str, scorer_of):
-        for factor in (0.0, 1e4):
-            given = inputs()
-            given |= {part: given[part] * factor for part in ("keys", "values", "queries")}
-            assert not score(scorer_of(name), given).isnan().any()
-
-    def test_a_token_of_a_pointwise_scorer_needs_no_company(self, name: str, scorer_of):
-        scorer, given = scorer_of(name), inputs(n=12)
+    def test_only_a_pointwise_scorer_needs_no_company(self, name: str, fit):
+        scorer, given = fit(name), inputs(n=12)
         some = torch.tensor([7, 0, 3, 11])
         per_token = set(given) - {"queries"}
         fewer = given | {part: given[part][:, :, some] for part in per_token}
@@ -93,39 +67,13 @@ class TestContract:
         same = torch.allclose(together, alone, rtol=1e-5, atol=1e-6)
         assert same == scorer.pointwise
 
-    def test_rows_of_a_batch_do_not_see_each_other(self, name: str, scorer_of):
-        scorer, given = scorer_of(name), inputs()
-        batch = score(scorer, given)
-        for row in range(len(batch)):
-            one = score(scorer, {part: x[row : row + 1] for part, x in given.items()})
-            torch.testing.assert_close(one[0], batch[row])
-
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    def test_half_precision_is_scored_as_the_same_numbers_in_full(
-        self, name: str, scorer_of, dtype: torch.dtype
-    ):
-        scorer, given = scorer_of(name), inputs(dtype=dtype)
-        full = {part: x.float() if x.is_floating_point() else x for part, x in given.items()}
-        scores = score(scorer, given)
-        assert scores.dtype == torch.float32
-        torch.testing.assert_close(scores, score(scorer, full))
-
-    def test_scores_are_the_same_every_time_and_draw_no_global_noise(
-        self, name: str, scorer_of, traces: TraceSet
-    ):
-        scorer, given = scorer_of(name), inputs()
-        kept = {part: x.clone() for part, x in given.items()}
-        before = torch.random.get_rng_state()
-        first, second = score(scorer, given), score(scorer, given)
-        again = score(fit(name, traces), given)
-        assert torch.equal(first, second)
-        assert torch.equal(first, again)
-        assert torch.equal(torch.random.get_rng_state(), before)
-        assert all(torch.equal(given[part], x) for part, x in kept.items())
-
-    def test_scores_tell_tokens_apart(self, name: str, scorer_of):
-        scores = score(scorer_of(name), inputs(n=40))
+    def test_scores_tell_tokens_apart(self, name: str, fit):
+        scores = score(fit(name), inputs(n=40))
         assert all(len(row.unique()) > 20 for row in scores.flatten(0, 1))
+
+
+def test_ppo_keeps_the_contract_on_streams_too(quick_agent):
+    check_agent(quick_agent("ppo", env="stream"))
 
 
 def uniforms(layer: int = 0, n: int = 20_000, first: int = 0, **options: int) -> torch.Tensor:
@@ -186,17 +134,3 @@ def test_streaming_keeps_the_sinks_then_the_newest():
 def test_the_oracle_is_the_utility():
     given = inputs()
     assert torch.equal(score(plugins.load("agent", "oracle")(), given), given["utility"])
-
-
-def test_an_agent_file_of_ones_own_keeps_the_contract_too(tmp_path: Path):
-    path = tmp_path / "newest.py"
-    path.write_text(
-        "from kvenv.learning.agent import Heuristic\n\n"
-        "class Newest(Heuristic):\n"
-        "    def score(self, layer, keys, values, positions, **needs):\n"
-        "        return positions.float()\n"
-    )
-    scorer = plugins.load("agent", str(path))().fit([])
-    assert isinstance(scorer, Scorer)
-    assert isinstance(scorer, Agent)
-    assert score(scorer, inputs(n=4))[0, 0].tolist() == [0, 3, 6, 9]

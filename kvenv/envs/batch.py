@@ -13,6 +13,7 @@ from gymnasium import spaces
 from kvenv.envs.arena import Arena
 from kvenv.envs.source import Draws, Source, check_options, count
 from kvenv.errors import KvenvError
+from kvenv.trace import TraceSet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -165,6 +166,27 @@ class Batch(ABC):
             return load_tokenizer(self.source.traces.model.id)
         except KvenvError:
             return None
+
+
+class Drawing:
+    """What single and vector environments tell of the episodes that they draw."""
+
+    batch: Batch
+
+    @property
+    def traces(self) -> TraceSet:
+        """The trace set; of several, the first."""
+        return self.batch.source.traces
+
+    @property
+    def heads(self) -> list[tuple[int, int]]:
+        """The (layer, KV head) pairs that are drawn."""
+        return [self.batch.source.heads[i] for i in self.batch.source.pool]
+
+    @property
+    def episodes(self) -> list[int]:
+        """The episodes that are drawn."""
+        return self.batch.source.episodes.tolist()
 
 
 def token_box(rows: int, low: list[tuple[int, float]], high: list[tuple[int, float]]) -> spaces.Box:

@@ -8,14 +8,13 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.error import ResetNeeded
 
-from kvenv.envs.batch import RENDER_MODES, Batch
+from kvenv.envs.batch import RENDER_MODES, Batch, Drawing
 from kvenv.errors import KvenvError
-from kvenv.trace import TraceSet
 
 LIVE = np.ones(1, dtype=bool)
 
 
-class TraceEnv(gym.Env[np.ndarray, Any]):
+class TraceEnv(Drawing, gym.Env[np.ndarray, Any]):
     """What the kvenv environments share; the rules are the batch's.
 
     Args:
@@ -34,21 +33,6 @@ class TraceEnv(gym.Env[np.ndarray, Any]):
         self.observation_space, self.action_space = batch.observation_space, batch.action_space
         shape = (1, *self.observation_space.shape)
         self._out = None if copy else np.empty(shape, np.float32)
-
-    @property
-    def traces(self) -> TraceSet:
-        """The trace set; of several, the first."""
-        return self.batch.source.traces
-
-    @property
-    def heads(self) -> list[tuple[int, int]]:
-        """The (layer, KV head) pairs that are drawn."""
-        return [self.batch.source.heads[i] for i in self.batch.source.pool]
-
-    @property
-    def episodes(self) -> list[int]:
-        """The episodes that are drawn."""
-        return self.batch.source.episodes.tolist()
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

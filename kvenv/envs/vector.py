@@ -11,17 +11,16 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from kvenv.envs.batch import RENDER_MODES, Batch
+from kvenv.envs.batch import RENDER_MODES, Batch, Drawing
 from kvenv.envs.evict import EvictBatch
 from kvenv.envs.rank import RankBatch
 from kvenv.envs.single import check_render_mode
 from kvenv.envs.source import integer
 from kvenv.envs.stream import StreamBatch
 from kvenv.errors import KvenvError
-from kvenv.trace import TraceSet
 
 
-class TraceVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
+class TraceVectorEnv(Drawing, VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     """N environments of one kind, stepped together; equal to N single ones to the last bit.
 
     Args:
@@ -68,21 +67,6 @@ class TraceVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         shape = (num_envs, *self.batch.observation_space.shape)
         self._out = None if copy else np.empty(shape, np.float32)
         self._seeds: list[int] = [-1] * num_envs
-
-    @property
-    def traces(self) -> TraceSet:
-        """The trace set; of several, the first."""
-        return self.batch.source.traces
-
-    @property
-    def heads(self) -> list[tuple[int, int]]:
-        """The (layer, KV head) pairs that are drawn."""
-        return [self.batch.source.heads[i] for i in self.batch.source.pool]
-
-    @property
-    def episodes(self) -> list[int]:
-        """The episodes that are drawn."""
-        return self.batch.source.episodes.tolist()
 
     @property
     def np_random(self) -> tuple[np.random.Generator, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]

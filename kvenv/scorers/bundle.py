@@ -19,6 +19,7 @@ from kvenv.errors import KvenvError
 from kvenv.scorers.base import Head, Pointwise
 from kvenv.scorers.network import Architecture, PerHeadMLP
 from kvenv.trace import ModelInfo
+from kvenv.trace.schema import to_json
 
 FORMAT, VERSION = "kvenv-scorer", 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -114,7 +115,8 @@ class NetworkScorer(Pointwise):
         """Write the bundle, whole or not at all; an existing bundle is replaced.
 
         Raises:
-            KvenvError: if the folder holds something else, or cannot be written.
+            KvenvError: if the folder holds something else or cannot be written, or if `training`
+                or `metrics` are not JSON-safe.
         """
         folder = Path(folder)
         if folder.exists() and not is_bundle(folder):
@@ -128,6 +130,9 @@ class NetworkScorer(Pointwise):
             "training": dict(self.training),
             "metrics": dict(self.metrics),
         }
+        for part in ("training", "metrics"):
+            for key, value in config[part].items():
+                to_json({key: value}, f"{part} {key!r} of a scorer")
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))

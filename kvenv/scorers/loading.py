@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 from kvenv import plugins
@@ -18,7 +19,8 @@ def load_scorer(agent: str | Path) -> Scorer:
             an agent file. A shipped name that gives a scorer wins over a folder of that name.
 
     Raises:
-        KvenvError: if there is none, or it is an agent that has to be trained first.
+        KvenvError: if there is none, it is an agent that has to be trained first, or a heuristic
+            that has an option without a default.
     """
     shipped = plugins.shipped_folder("agents")
     trained = shipped / "trained" / agent
@@ -33,4 +35,10 @@ def load_scorer(agent: str | Path) -> Scorer:
             f"agent {str(agent)!r} has to be trained first: run `kvenv train {agent} --traces DIR "
             "--out BUNDLE` and give the bundle's folder"
         )
+    try:
+        inspect.signature(plugin).bind()
+    except TypeError as error:
+        raise KvenvError(
+            f"agent {str(agent)!r} cannot be used by name ({error}): give its options defaults"
+        ) from error
     return plugin().fit([])

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from kvenv.errors import KvenvError
-from kvenv.parsing import hints_of, parse
+from kvenv.parsing import parse
 
 
 @contextmanager
@@ -71,19 +71,16 @@ def check_options(plugin: type, command: Callable[..., None]) -> None:
             the command's own options.
     """
     prog = f"kvenv {command.__name__} {plugin.__name__}"
-    with calling(f"`{prog} --help`", "give every argument of __init__ a type that can be read"):
-        if untyped := [name for name in _parameters(plugin) if name not in hints_of(plugin)]:
-            raise KvenvError(
-                f"{prog}: the plug-in's options {', '.join(untyped)} have no type: write one for "
-                "each, e.g. steps: int = 100"
-            )
-        with redirect_stdout(io.StringIO()), suppress(SystemExit):
-            parse(prog, command, plugin, ["--help"])
+    says_help = calling(f"`{prog} --help`", "give __init__ arguments of types that can be read")
+    with says_help, redirect_stdout(io.StringIO()), suppress(SystemExit):
+        parse(prog, command, plugin, ["--help"])
 
 
 def required_options(plugin: type) -> list[str]:
     """The ``__init__`` arguments without a default."""
-    return [name for name, p in _parameters(plugin).items() if p.default is p.empty]
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    arguments = inspect.signature(plugin).parameters.items()
+    return [name for name, a in arguments if a.default is a.empty and a.kind not in several]
 
 
 def fresh(plugin: Any) -> Any:
@@ -96,9 +93,3 @@ def fresh(plugin: Any) -> Any:
             f"instance, {plugin.__name__}({required[0]}=...)"
         )
     return plugin()
-
-
-def _parameters(plugin: type) -> dict[str, inspect.Parameter]:
-    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    found = inspect.signature(plugin).parameters
-    return {name: p for name, p in found.items() if p.kind not in several}

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from kvenv import commands
 from kvenv.errors import KvenvError
+from kvenv.parsing import attributes_of
 from kvenv.recording.workload import Sample, Workload
 from kvenv.testing.calling import calling, check_options, fresh
 from kvenv.trace.schema import to_json
@@ -56,10 +57,9 @@ def check_workload(
         raise KvenvError(f"{plugin.__name__} is no workload: give it sample(index, *, ...)")
     check_options(plugin, commands.record)
     tokenizer = byte_tokenizer() if tokenizer is None else tokenizer
-    with calling(f"{plugin.__name__}()", "make it an instance that can be copied, with __dict__"):
+    with calling(f"{plugin.__name__}()", "make it an instance that can be copied"):
         one, other, third = (fresh(workload) for _ in range(3))
-        public = {key: value for key, value in vars(one).items() if not key.startswith("_")}
-    for key, value in public.items():
+    for key, value in attributes_of(one).items():
         to_json(value, f"{plugin.__name__}.{key}")
 
     asked = _Asked(tokenizer, prompt_tokens, future_tokens, seed)

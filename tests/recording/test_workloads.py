@@ -19,6 +19,7 @@ from kvenv import plugins
 from kvenv.errors import KvenvError
 from kvenv.recording import haystack, ruler, tokens
 from kvenv.recording.workload import Sample, Workload
+from kvenv.testing import check_workload
 
 Ruler, Text = (plugins.load("workload", name) for name in ("ruler", "text"))
 
@@ -120,11 +121,9 @@ def test_ruler_splits_seeds_and_indices_differ() -> None:
     assert len(set(answers)) == len(answers)
 
 
-def test_ruler_does_not_depend_on_what_was_asked_before() -> None:
-    used = Ruler()
-    for i in range(7):
-        take(used, i, 600)
-    assert take(used, 4, 600) == take(Ruler(), 4, 600)
+@pytest.mark.parametrize("prompting", ["aware", "agnostic"])
+def test_ruler_keeps_the_contract(prompting: str) -> None:
+    check_workload(Ruler(prompting=prompting), CHAT, 1200, 300, episodes=7, seed=3)
 
 
 def test_ruler_needle_haystack_holds_one_needle_a_line_with_distinct_keys() -> None:
@@ -234,11 +233,9 @@ def test_text_windows_come_from_every_long_file_once_a_round(corpus: Path) -> No
     assert [take(workload, i, 60, 20, seed=1).document for i in range(24)] != names[:24]
 
 
-def test_text_does_not_depend_on_what_was_asked_before(corpus: Path) -> None:
-    used = Text([str(corpus)], split="all")
-    samples = {i: take(used, i, 60, 20) for i in (30, 2, 47, 0)}
-    for i, sample in samples.items():
-        assert sample == take(Text([str(corpus)], split="all"), i, 60, 20)
+def test_text_keeps_the_contract(corpus: Path) -> None:
+    check_workload(Text)  # the standard library, in bytes
+    check_workload(Text([str(corpus)], split="all"), CHAT, 60, 20, episodes=48)
 
 
 def test_text_splits_share_no_file(corpus: Path) -> None:

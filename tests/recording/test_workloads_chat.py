@@ -17,6 +17,7 @@ from kvenv import plugins
 from kvenv.errors import KvenvError
 from kvenv.recording import conversations
 from kvenv.recording.workload import Sample, Workload
+from kvenv.testing import check_workload
 
 Chat = plugins.load("workload", "chat")
 
@@ -108,8 +109,15 @@ def test_each_reply_serves_once_last_ones_first(tmp_path: Path) -> None:
     assert {s.document for s in taken[:2]} == {"0", "1"}
     with pytest.raises(KvenvError, match="has 5 replies"):
         take(workload, 5)
-    fresh = chat(tmp_path, TURNS, TURNS[:4], [SYSTEM], TURNS[1:3])
-    assert take(fresh, 3) == taken[3]
+
+
+def test_the_contract_is_kept(tmp_path: Path) -> None:
+    talks = [[SYSTEM, *TURNS, {"role": "user", "content": f"{i}?"}, TURNS[1]] for i in range(2)]
+    workload = chat(tmp_path, *talks)
+    check_workload(workload, TOKENIZER, 500, 50, 2)
+    check_workload(workload, TOKENIZER, 60, 9, 2)
+    with pytest.raises(KvenvError, match="has 8 replies"):
+        check_workload(workload, TOKENIZER, 500, 50, 9)
 
 
 def test_turns_that_do_not_fit_are_skipped(tmp_path: Path) -> None:

@@ -162,6 +162,27 @@ def test_saving_replaces_a_bundle_and_leaves_nothing_else(saved: Path):
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 
 
+@pytest.mark.parametrize("part", ["training", "metrics"])
+@pytest.mark.parametrize(
+    "said",
+    [{"loss": float("nan")}, {"loss": [torch.ones(2)]}, {("loss", 1): 2}],
+    ids=["nan", "tensor", "key"],
+)
+@pytest.mark.parametrize("there", [False, True], ids=["new", "replacing"])
+def test_what_is_not_json_is_named_and_nothing_written(
+    tmp_path: Path, part: str, said: dict, there: bool
+):
+    folder = tmp_path / "kvp"
+    if there:
+        make().save_pretrained(folder)
+    scorer = replace(make(seed=1), **{part: {"agent": "mine", **said}})
+    message = error_of(lambda: scorer.save_pretrained(folder))
+    assert message.startswith(f"{part} {next(iter(said))!r} of a scorer is not JSON-safe")
+    assert [path.name for path in tmp_path.iterdir()] == (["kvp"] if there else [])
+    if there:
+        assert NetworkScorer.from_pretrained(folder).training["seed"] == 0
+
+
 @pytest.mark.parametrize("config", [None, '{"model_type": "llama"}', "not JSON"])
 def test_saving_replaces_nothing_but_a_bundle(tmp_path: Path, config: str | None):
     folder = tmp_path / "precious"

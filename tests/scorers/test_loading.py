@@ -52,6 +52,16 @@ def test_an_agent_that_has_to_be_trained_is_an_error_that_says_how():
         load_scorer("kvp")
 
 
+def test_a_heuristic_whose_options_have_no_defaults_is_an_error(tmp_path: Path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from kvenv.learning.agent import Heuristic\nclass Mine(Heuristic):\n"
+        "    def __init__(self, strength: float):\n        self.strength = strength\n"
+    )
+    with pytest.raises(KvenvError, match=r"mine.py' cannot be used by name .*'strength'.*defaults"):
+        load_scorer(path)
+
+
 def test_an_unknown_agent_is_an_error_that_names_those_there_are():
     with pytest.raises(KvenvError, match=r"unknown agent 'knrom'.*knorm.*streaming"):
         load_scorer("knrom")

@@ -92,6 +92,9 @@ def fit(
         "traces": [asdict(s) for t in [*traces, *run.validation] for s in t.manifest.shards],
     }
     identity = json.loads(json.dumps(identity))
+    # A model's spaces are those of the longest prompt that it will see.
+    lengths = [traces[w].info(i).n for w, i in episodes] + [held_sets[w].info(i).n for w, i in held]
+    widest = {"max_tokens": max(lengths)} if task.env_id == "kvenv/Rank-v0" else {}
 
     def train_head(layer: int, head: int) -> NetworkScorer:
         name = f"{layer}-{head}"
@@ -106,7 +109,7 @@ def fit(
                 )
             return scorer
         began = time.monotonic()
-        arguments = {**task.arguments, "layer": layer, "head": head}
+        arguments = {**task.arguments, **widest, "layer": layer, "head": head}
         budget = task.arguments.get("budget") if "fill" in task.features else None
         scale = standardise(traces, [(layer, head)], task.features, budget, episodes)
         watch = None

@@ -208,3 +208,13 @@ def test_what_cannot_be_is_an_error(rank: Callable, change: dict, message: str):
 def test_vec_normalize_is_refused(rank: Callable):
     with pytest.raises(KvenvError, match=r"VecNormalize.*standardise"):
         train(lambda env: ppo(VecNormalize(env)), rank, steps=16, legs=2)
+
+
+@pytest.mark.parametrize("name", ["ppo", "sac"])
+def test_held_out_prompts_may_be_longer_or_shorter(
+    tiny_traces, tmp_path: Path, quick_agent, name: str
+) -> None:
+    sets = [tiny_traces(tmp_path / str(n), [(n, 4)] * 2, seed=n) for n in (20, 30)]
+    for train_set, held_out in (sets, sets[::-1]):
+        scorer = quick_agent(name).fit([train_set], [(1, 0)], Run(validation=[held_out]))
+        assert len(scorer.training["curves"]["1:0"]) >= 1
