@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass, field
 
 import stable_baselines3
 
+from kvenv.errors import KvenvError
 from kvenv.learning.run import Run
 from kvenv.learning.sb3 import KvenvVecEnv, TokenSACPolicy
-from kvenv.learning.sb3.fit import Scale, Task, fit
+from kvenv.learning.sb3.fit import Scale, Task, check_options, fit
 from kvenv.scorers.base import Head
 from kvenv.scorers.bundle import NetworkScorer
 from kvenv.trace import TraceSet
@@ -51,6 +52,15 @@ class SAC:
     seed: int = 0
 
     trains = True
+
+    def __post_init__(self) -> None:
+        least = {"steps": 1, "num_envs": 1, "buffer": 1, "start": 0, "batch": 1, "updates": 1}
+        check_options(self, {**least, "seed": 0, "critic_hidden": 1}, positive=("lr", "entropy"))
+        if self.start >= self.steps:
+            raise KvenvError(
+                f"start is {self.start} and steps {self.steps}: nothing would be learned, so give "
+                "more steps or start earlier"
+            )
 
     def fit(
         self,

@@ -31,7 +31,7 @@ from kvenv.trace import TraceSet
 CACHE = {"budget": 64, "sinks": 4, "recent": 16}
 EXPERIMENTS = {
     "PPO on Rank-v0": ("ppo", {"env": "rank", "steps": 6144}, "closure"),
-    "SAC on Rank-v0": ("sac", {"steps": 3072}, "closure"),
+    "SAC on Rank-v0": ("sac", {"steps": 3072, "start": 256}, "closure"),
     "PPO on Stream-v0": ("ppo", {"env": "stream", "steps": 600_000, **CACHE}, "retention"),
     "MaskablePPO on Evict-v0": ("maskable_ppo", {"steps": 24_000, **CACHE}, "retention"),
 }
@@ -55,8 +55,10 @@ def main() -> None:
 
     learned, results = {}, {}
     for title, (name, options, figure) in EXPERIMENTS.items():
-        steps = max(12, round(args.share * options["steps"]))
-        agent = plugins.load("agent", name)(**{**options, "steps": steps})
+        lengths = {key: options[key] for key in ("steps", "start") if key in options}
+        scaled = {key: max(12, round(args.share * value)) for key, value in lengths.items()}
+        steps = scaled["steps"]
+        agent = plugins.load("agent", name)(**{**options, **scaled})
         console.print(title)
         watched = replace(run, evaluate_every=steps // 12)
         scorer = learned[title] = agent.fit(train, heads, watched)

@@ -154,7 +154,7 @@ def test_minari_lists_the_dataset_and_its_origin(
         assert list(minari.list_local_datasets()) == ["kvenv/rank/my_agent-2-v0"]
         minari.load_dataset("kvenv/rank/my_agent-2-v0").recover_environment().close()
     assert minari.namespace.list_local_namespaces() == ["kvenv", "kvenv/rank"]
-    assert [*dataset[1].infos["episode"], *dataset[1].infos["layer"]] == [2, 2, 1, 1]
+    assert [*dataset[1].infos["episode_index"], *dataset[1].infos["layer"]] == [2, 2, 1, 1]
     (_, second) = dataset.storage.get_episode_metadata([0, 1])
     assert second["options"]["budgets"].tolist() == [4, 8]
 
@@ -275,8 +275,9 @@ def test_the_command_writes_a_heuristics_episodes(
         env.reset(seed=5 + int(episode.id))
         rewards = [env.step(action)[1] for action in episode.actions]
         assert rewards == episode.rewards.tolist()
+    monkeypatch.chdir(Path(traces).parent)
     assert main(command) == 2
     assert "exists: overwrite it (--overwrite)" in capsys.readouterr().err
     if environment == "stream":
-        assert main([*command[:5], "keydiff", "--out", str(tmp_path)]) == 2
+        assert main([*command[:5], "keydiff", *command[6:]]) == 2
         assert "use kvenv/Evict-v0" in capsys.readouterr().err

@@ -61,8 +61,8 @@ def test_the_lock_pins_every_core_dependency_inside_its_range() -> None:
 
 def test_extras_are_known_by_their_documented_names() -> None:
     extras = set(metadata.metadata("kvenv").get_all("Provides-Extra") or [])
-    optional = {"datasets", "episodes", "kvpress", "minari", "plots", "ray", "tensorboard"}
-    assert extras == optional | {"dev"}
+    sources = {"datasets", "episodes", "kvpress", "minari"}
+    assert extras == sources | {"dev", "plots", "ray", "sb3", "tensorboard", "video"}
     for extra in extras:
         assert any(r.marker and r.marker.evaluate({"extra": extra}) for r in REQUIREMENTS), extra
 

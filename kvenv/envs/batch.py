@@ -85,12 +85,13 @@ class Batch(ABC):
             KvenvError: if an option is unknown or out of range; nothing has then been started.
         """
         chosen = check_options(options, self.options)
-        episode, head = self.source.choose(self.draws.take(which), chosen)
+        episode, head = self.source.choose(self.draws.next(which), chosen)
         extra = self._check(episode, chosen)
         others = self.began.copy()
         others[which] = False
         row = self.arena.rows(episode * len(self.source.heads) + head, self.row[others])
         self.episode[which], self.head[which], self.row[which] = episode, head, row
+        self.draws.take(which)
         self.n[which] = self.source.n[episode]
         self.done[which], self.began[which] = False, True
         self._begin(which, extra)
@@ -98,7 +99,7 @@ class Batch(ABC):
     def info(self) -> dict[str, np.ndarray]:
         """What `reset` and `step` both tell, each (N, ...), in arrays of their own."""
         return {
-            "episode": self.episode.copy(),
+            "episode_index": self.episode.copy(),
             "layer": self._layers[self.head],
             "head": self._kv_heads[self.head],
             "n": self.n.copy(),
@@ -149,6 +150,10 @@ class Batch(ABC):
         """What environment ``i`` shows, in a line."""
         layer, head = self.source.heads[self.head[i]]
         return f"{self.env_id} · layer {layer} head {head} · episode {self.episode[i]}"
+
+    def whose(self, i: int) -> str:
+        """Names environment ``i`` in an error, where there are several."""
+        return f" in environment {i}" if self.num > 1 else ""
 
     def entry(self, entry: int) -> tuple[int, int]:
         """The episode and the index of the head that an arena's entry stands for."""

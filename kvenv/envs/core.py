@@ -162,7 +162,8 @@ def attention(queries: np.ndarray, keys: np.ndarray, drop: int = 0) -> np.ndarra
     Args:
         queries: (G, S, d), those of one KV head's group, after RoPE.
         keys: (S, d).
-        drop: leave the first tokens out: the rest of each row then sums to 1, where there is any.
+        drop: leave the first tokens out: the rest of each row then sums to 1, and the rows of those
+            tokens themselves are zero.
 
     Returns:
         (G, S, S) float32: softmax(q.k / sqrt(d)) over positions up to the query's own, zero beyond.
@@ -173,9 +174,8 @@ def attention(queries: np.ndarray, keys: np.ndarray, drop: int = 0) -> np.ndarra
     later = torch.ones(length, length, dtype=torch.bool).triu(1)
     rows = logits.masked_fill_(later, -torch.inf).softmax(-1)
     if drop:
-        rest = rows[:, drop:]
-        rest[..., :drop] = 0
-        rest /= rest.sum(-1, keepdim=True).clamp_min(torch.finfo(rest.dtype).tiny)
+        rows[..., :drop] = 0
+        rows /= rows.sum(-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
     return rows.numpy()
 
 

@@ -12,8 +12,9 @@ from gymnasium import spaces
 from kvenv.envs import core
 from kvenv.envs.batch import LARGEST, token_box
 from kvenv.envs.single import TraceEnv
-from kvenv.envs.slots import SlotBatch, check_slots
+from kvenv.envs.slots import SlotBatch
 from kvenv.envs.source import Traces
+from kvenv.errors import KvenvError
 
 
 class EvictBatch(SlotBatch):
@@ -62,7 +63,28 @@ class EvictBatch(SlotBatch):
 
     def check_actions(self, actions: Any, live: np.ndarray) -> np.ndarray:
         """Slots (N,) int64."""
-        return check_slots(actions, self.num, self.slots, self.allowed(), live)
+        given, slots = np.asarray(actions), self.slots
+        if given.shape != (self.num,) or given.dtype.kind not in "iu":
+            wanted = "one whole number" if self.num == 1 else f"{self.num} whole numbers"
+            raise KvenvError(
+                f"action has shape {given.shape[self.num == 1 :]} and dtype {given.dtype}: give "
+                f"{wanted} from 0 to {slots}"
+            )
+        inside = (given >= 0) & (given <= slots)
+        slot = np.where(inside, given, slots).astype(np.int64)
+        allowed = self.allowed()
+        fine = inside & allowed[self.every, slot] | ~live
+        if not fine.all():
+            i = int(fine.argmin())
+            if not inside[i]:
+                raise KvenvError(
+                    f"action {given[i]}{self.whose(i)} is not a slot: choose from 0 to {slots}"
+                )
+            raise KvenvError(
+                f"action {slot[i]}{self.whose(i)} names a slot that may not go (empty, a sink or "
+                f"recent): choose where the action mask is 1, such as {allowed[i].argmax()}"
+            )
+        return slot
 
     def advance(self, actions: np.ndarray) -> np.ndarray:
         """Let these slots (N,) go."""
@@ -151,7 +173,7 @@ class EvictEnv(TraceEnv):
 
     `reset()` and `step()` return a dict with
 
-    - `"episode"`, `"layer"`, `"head"`: what is being read;
+    - `"episode_index"`, `"layer"`, `"head"`: what is being read;
     - `"n"`: the prompt's tokens, of S;
     - `"budget"`: the cache's slots;
     - `"position"`: the newcomer's, S after the last step;
@@ -185,7 +207,8 @@ class EvictEnv(TraceEnv):
     | `recent`      | **int**  | `0`           | last tokens that are always kept                  |
     | `sink_free`   | **bool** | `False`       | attention to the first 4 tokens does not count    |
     | `flat`        | **bool** | `True`        | `False`: the observation has a row for each slot  |
-    | `copy`        | **bool** | `True`        | `False`: observations share one array             |
+    | `copy`        | **bool** | `True`        | `False`: all observations share one array, which  |
+    |               |          |               | Gymnasium's check_env refuses                     |
     | `tokenizer`   | **str**  | `None`        | model whose tokenizer `"ansi"` uses               |
     | `render_mode` | **str**  | `None`        | `"rgb_array"` or `"ansi"`                         |
 

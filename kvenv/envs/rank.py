@@ -45,7 +45,8 @@ class RankBatch(Batch):
         self.max_tokens = _max_tokens(max_tokens, int(source.n.max()))
         self.budgets = u.FRACTIONS if budgets is None and reward == "output" else budgets
         # What no episode, or not the shortest one, could satisfy is told now.
-        core.resolve_budgets(self.budgets, core.ranked_tokens(int(source.n.min()), sink_free))
+        drawn = core.ranked_tokens(int(source.n[source.episodes].min()), sink_free)
+        core.resolve_budgets(self.budgets, drawn)
         d = source.traces.model.head_dim
         columns = core.feature_count(d)
         box = token_box(
@@ -67,13 +68,16 @@ class RankBatch(Batch):
             },
             self._load,
         )
+        # Of episodes that are not drawn, only those that options ask for must have these budgets.
         counted = source.n - self._skipped
-        self._default = core.budget_columns(self.budgets, counted, self._width)
-        self._reported = core.budget_columns(u.FRACTIONS, counted, self._width)[0]
+        drawable = np.where(np.isin(np.arange(len(counted)), source.episodes), counted, drawn)
+        self._default = core.budget_columns(self.budgets, drawable, self._width)
+        self._reported = core.budget_columns(u.FRACTIONS, counted.clip(1), self._width)[0]
         self._columns = np.zeros((num, self._default[0].shape[1]), dtype=np.int64)
         self._count, self._all_budgets = np.ones(num, dtype=np.int64), np.ones(num, dtype=bool)
         self._oracle = np.zeros(num)
-        self._scores: np.ndarray | None = None
+        self._scores = np.zeros((num, self.max_tokens))
+        self._ranked = np.zeros(num, dtype=bool)
         self._retained, self._change = np.zeros(num), np.zeros(num)
         self._outcome: dict[str, np.ndarray] = {}
         self._outputs: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
@@ -83,38 +87,42 @@ class RankBatch(Batch):
         n = int(self.source.n[episode])
         keys, values = (self.source.read(episode, f, head)[:n] for f in ("keys", "values"))
         utility = self.source.read(episode, "utility/sum", head)
-        mass = self._counted(utility)
-        budgets = core.resolve_budgets(self.budgets, len(mass))
+        oracle = np.nan  # of an episode that is not drawn, which may not have these budgets
+        if episode in self.source.episodes:
+            mass = self._counted(utility)
+            oracle = float(u.oracle_reward(mass, core.resolve_budgets(self.budgets, len(mass))))
         return {
             "rows": core.features(keys, values, np.arange(n), n, n).ravel(),
             "utility": utility,
-            "oracle": float(u.oracle_reward(mass, budgets)),
+            "oracle": oracle,
         }
 
     def _check(self, episode: np.ndarray, options: Mapping[str, Any]) -> Any:
         budgets = options.get("budgets")
-        if budgets is None:
-            return None, [table[episode] for table in self._default]
-        counted = self.source.n[episode] - self._skipped
-        return budgets, core.budget_columns(budgets, counted, self._width)
+        if budgets is None and options.get("episode") is None:
+            return self.budgets, self.arena["oracle"], [table[episode] for table in self._default]
+        n = self.source.n[episode]
+        core.ranked_tokens(int(n.min()), self.sink_free)
+        asked = self.budgets if budgets is None else budgets
+        return asked, None, core.budget_columns(asked, n - self._skipped, self._width)
 
     def _begin(self, which: np.ndarray, extra: Any) -> None:
-        budgets, (columns, count) = extra
+        budgets, oracle, (columns, count) = extra
         short = columns.shape[1] - self._columns.shape[1]
         if short > 0:
             self._columns = np.pad(self._columns, ((0, 0), (0, short)), constant_values=self._width)
         self._columns[which, columns.shape[1] :] = self._width  # stands for no budget
         self._columns[which, : columns.shape[1]] = columns
         self._count[which] = count
-        self._all_budgets[which] = budgets is None and self.budgets is None
-        if budgets is None:
-            self._oracle[which] = self.arena["oracle"][self.row[which]]
+        self._all_budgets[which] = budgets is None
+        if oracle is not None:
+            self._oracle[which] = oracle[self.row[which]]
         else:
             utility = self.arena["utility"][self.row[which]]
             beyond = np.arange(self.max_tokens) >= self.n[which, None]
             curve = self._curve(utility, np.where(beyond, -np.inf, utility), self.n[which])
             self._oracle[which] = core.mean_at(curve, columns, count)
-        self._scores = None
+        self._ranked[which] = False
         if self.reward == "output":
             for i in which.tolist():
                 episode, head = int(self.episode[i]), int(self.head[i])
@@ -143,7 +151,8 @@ class RankBatch(Batch):
         if not fine.all():
             i, token = (int(x) for x in np.argwhere(~fine)[0])
             raise KvenvError(
-                f"action gives token {token} the score {given[i, token]}: give finite scores"
+                f"action gives token {token}{self.whose(i)} the score {given[i, token]}: give "
+                "finite scores"
             )
         return np.where(beyond, -np.inf, given)
 
@@ -164,7 +173,8 @@ class RankBatch(Batch):
             "oracle": self._oracle.copy(),
             "closure": core.closure(reward, self._oracle, random),
         }
-        self._scores, self.done[:] = scores, True
+        self._scores = scores
+        self._ranked[:] = self.done[:] = True
         self._retained = reward
         if self.reward == "attention":
             return reward
@@ -195,7 +205,7 @@ class RankBatch(Batch):
         """The tokens that count, as the renderers want them."""
         title = self.title(i)
         scores = None
-        if self._scores is not None:
+        if self._ranked[i]:
             scores = self._counted(self._scores[i, : self.n[i]])
             closure = self._outcome["closure"][i]
             title += f" · retention {self._retained[i]:.2f} · closure {closure:.2f}"
@@ -289,7 +299,7 @@ class RankEnv(TraceEnv):
 
     `reset()` and `step()` return a dict with
 
-    - `"episode"`, `"layer"`, `"head"`: what is being ranked;
+    - `"episode_index"`, `"layer"`, `"head"`: what is being ranked;
     - `"n"`: the prompt's tokens, and so the observation's valid rows.
 
     `step()` adds
@@ -327,7 +337,8 @@ class RankEnv(TraceEnv):
     | `sink_free`   | **bool** | `False`       | leave the first 4 tokens out of the utility       |
     | `max_tokens`  | **int**  | `None`        | rows; `None`: as many as the longest prompt has   |
     | `flat`        | **bool** | `True`        | `False`: the observation has a row for each token |
-    | `copy`        | **bool** | `True`        | `False`: observations share one array             |
+    | `copy`        | **bool** | `True`        | `False`: all observations share one array, which  |
+    |               |          |               | Gymnasium's check_env refuses                     |
     | `tokenizer`   | **str**  | `None`        | model whose tokenizer `"ansi"` uses               |
     | `render_mode` | **str**  | `None`        | `"rgb_array"` or `"ansi"`                         |
 

@@ -56,9 +56,12 @@ class SlotBatch(Batch):
         source = Source(traces, layer, head, episodes)
         super().__init__(num, source, reward, sinks, recent, sink_free, tokenizer)
         source.need_all_queries()
+        if np.ndim(budget):
+            raise KvenvError(f"budget={budget!r} is not one number: give tokens or a fraction")
         self.asked = budget
-        self._default = self._budgets(budget, np.arange(len(source.n)))
-        self.slots = int(self._default[source.episodes].max())
+        self.slots = int(self._budgets(budget, source.episodes).max())
+        # Of the episodes that are not drawn, the checked ones are those that options ask for.
+        self._default = self._tokens(budget, np.arange(len(source.n)))
         self.longest = int(source.lengths.max())
         model = source.traces.model
         d, group, rows = model.head_dim, model.group, self.longest + 1
@@ -72,7 +75,7 @@ class SlotBatch(Batch):
             fields["weights"] = ((group, packed), np.float32)
             fields["outputs"] = ((rows, group, d), np.float32)
         self.arena = Arena(len(source.n) * len(source.heads), num, fields, self._load)
-        self.head_dim = d
+        self.head_dim, self._dropped = d, u.SINKS if sink_free else 0
         self.lengths = np.zeros(num, dtype=np.int64)
         self.now, self.budget = np.zeros(num, dtype=np.int64), np.ones(num, dtype=np.int64)
         self.positions = np.full((num, self.slots + 1), -1, dtype=np.int64)
@@ -102,7 +105,7 @@ class SlotBatch(Batch):
             self.source.read(episode, field, head) for field in ("keys", "values", "queries")
         )
         length = len(keys)
-        rows = core.attention(queries, keys, u.SINKS if self.sink_free else 0)
+        rows = core.attention(queries, keys, self._dropped)
         features = core.features(keys, values, np.arange(length), length, length)
         arrays: dict[str, np.ndarray | float] = {
             "tokens": features[:, [*range(2 * self.head_dim), 2 * self.head_dim + 1]],
@@ -113,19 +116,28 @@ class SlotBatch(Batch):
             arrays["outputs"] = (rows @ values.astype(np.float32)).swapaxes(0, 1)
         return arrays
 
+    def _tokens(self, budget: Any, episodes: np.ndarray) -> np.ndarray:
+        """Slots for each of these episodes, from tokens or fractions: one for all, or each."""
+        if np.asarray(budget).dtype.kind != "f":
+            if np.asarray(budget).dtype.kind not in "iu":
+                raise KvenvError(
+                    f"budget {budget!r} is no number: give tokens, or a fraction of the prompt "
+                    "such as 0.25"
+                )
+            return per_environment("budget", budget, len(episodes))
+        shares = np.broadcast_to(budget, episodes.shape).tolist()
+        n = self.source.n[episodes].tolist()
+        return np.array([u.budget_tokens(*one) for one in zip(shares, n, strict=True)])
+
     def _budgets(self, budget: Any, episodes: np.ndarray) -> np.ndarray:
-        """Slots for each of these episodes; what cannot be is refused."""
-        if isinstance(budget, float | np.floating):
-            slots = np.array([u.budget_tokens(float(budget), n) for n in self.source.n[episodes]])
-        else:
-            slots = per_environment("budget", budget, len(episodes))
+        """As `_tokens`; what cannot be is refused."""
+        slots = self._tokens(budget, episodes)
         floor = max(1, self.sinks + self.recent)
         for tokens, episode in zip(slots.tolist(), episodes.tolist(), strict=True):
             if tokens < floor:
-                raise KvenvError(
-                    f"budget {tokens} cannot hold sinks {self.sinks} + recent {self.recent}: give "
-                    f"at least {floor}"
-                )
+                guarded = self.sinks + self.recent
+                cannot = f"sinks {self.sinks} + recent {self.recent}" if guarded else "any token"
+                raise KvenvError(f"budget {tokens} cannot hold {cannot}: give at least {floor}")
             if tokens >= self.source.lengths[episode]:
                 raise KvenvError(
                     f"budget {tokens} holds all {self.source.lengths[episode]} tokens of episode "
@@ -136,9 +148,9 @@ class SlotBatch(Batch):
 
     def _check(self, episode: np.ndarray, options: Mapping[str, Any]) -> np.ndarray:
         asked = options.get("budget")
-        if asked is None:
+        if asked is None and options.get("episode") is None:
             return self._default[episode]
-        slots = self._budgets(asked, episode)
+        slots = self._budgets(self.asked if asked is None else asked, episode)
         if (most := int(slots.max())) > self.slots:
             raise KvenvError(
                 f"budget {most} is more than the {self.slots} slots that this environment was made "
@@ -167,9 +179,10 @@ class SlotBatch(Batch):
         held = self.positions[:, :-1]
         start = (self.row * self.arena["attention"].shape[1] + core.row_start(now))[:, None]
         mass = self.arena["attention"].reshape(-1).take(start + held).astype(np.float64).sum(-1)
-        mass = np.where(full, np.minimum(mass, 1.0), 1.0)
-        self._found += np.where(full, mass, 0.0)
-        self._full_steps += full
+        counts = full & (now >= self._dropped)  # before, there is nothing to find
+        mass = np.where(counts, np.minimum(mass, 1.0), 1.0)
+        self._found += np.where(counts, mass, 0.0)
+        self._full_steps += counts
         reward = mass if self.reward == "attention" else self._output_reward(held, full)
         if self.history is not None:
             live = every[now < self.lengths]
@@ -235,26 +248,3 @@ class SlotBatch(Batch):
             n=int(self.n[i]),
             budget=int(self.budget[i]),
         )
-
-
-def check_slots(actions: Any, num: int, slots: int, allowed: np.ndarray, live: np.ndarray) -> Any:
-    """Slots that may go, (N,) int64; see `Batch.check_actions`."""
-    given = np.asarray(actions)
-    if given.shape != (num,) or given.dtype.kind not in "iu":
-        raise KvenvError(
-            f"action has shape {given.shape[1:] if num == 1 else given.shape} and dtype "
-            f"{given.dtype}: give {'one whole number' if num == 1 else f'{num} whole numbers'} "
-            f"from 0 to {slots}"
-        )
-    inside = (given >= 0) & (given <= slots)
-    slot = np.where(inside, given, slots).astype(np.int64)
-    if (wrong := live & ~inside).any():
-        raise KvenvError(f"action {given[wrong][0]} is not a slot: choose from 0 to {slots}")
-    if (wrong := live & ~allowed[np.arange(num), slot]).any():
-        i = int(wrong.argmax())
-        free = np.flatnonzero(allowed[i])
-        raise KvenvError(
-            f"action {slot[i]} names a slot that may not go (empty, a sink or recent): choose "
-            f"where the action mask is 1, such as {free[0]}"
-        )
-    return slot

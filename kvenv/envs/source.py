@@ -46,9 +46,11 @@ class Source:
         head: int | None = None,
         episodes: Sequence[int] | None = None,
     ) -> None:
-        self.sets = [TraceSet(t) for t in ([traces] if isinstance(traces, str | Path) else traces)]
-        if not self.sets:
-            raise KvenvError("no trace sets given: name at least one")
+        if not isinstance(traces, str | Path | Sequence) or not len(names := _listed(traces)):
+            raise KvenvError(
+                f"traces={traces!r} names no trace set: give a folder, or a list of them"
+            )
+        self.sets = [TraceSet(name) for name in names]
         first = self.sets[0]
         for other in self.sets[1:]:
             if other.model.fingerprint != first.model.fingerprint:
@@ -59,6 +61,9 @@ class Source:
         self.heads: list[tuple[int, int]] = sorted(
             set.intersection(*(set(t.heads) for t in self.sets))
         )
+        if not self.heads:
+            held = "; ".join(f"{t.path} holds {t.heads}" for t in self.sets)
+            raise KvenvError(f"the trace sets share no (layer, KV head): {held}")
         self._places = [(t, i) for t in self.sets for i in range(len(t))]
         infos = [t.info(i) for t, i in self._places]
         self.n = np.array([info.n for info in infos])
@@ -159,6 +164,8 @@ class Source:
         count = len(self.n)
         if episodes is None:
             return np.arange(count)
+        if not np.ndim(episodes):
+            raise KvenvError(f"episodes={episodes!r} is no list: give one of indices, e.g. [0, 1]")
         chosen = [integer("episodes", episode) for episode in episodes]
         if not chosen:
             raise KvenvError("episodes is empty: name at least one, or None for all")
@@ -170,7 +177,8 @@ class Source:
 class Draws:
     """Uniform numbers for N environments, each from a generator of its own.
 
-    They are drawn a block at a time, so that a batch takes them by indexing.
+    They are drawn a block at a time, so that a batch takes them by indexing. A new generator starts
+    a new block; setting back the state of one does not.
     """
 
     BLOCK = 64
@@ -186,15 +194,17 @@ class Draws:
             self.generators[i] = generator
             self._used[i] = self.BLOCK
 
-    def take(self, which: np.ndarray) -> np.ndarray:
-        """The next pair for each of these environments, (m, 2)."""
+    def next(self, which: np.ndarray) -> np.ndarray:
+        """The next pair for each of these environments, (m, 2), until they are taken."""
         for i in which[self._used[which] == self.BLOCK]:
             generator = self.generators[i] = self.generators[i] or np.random.default_rng()
             self._block[i] = generator.random((self.BLOCK, 2))
             self._used[i] = 0
-        pairs = self._block[which, self._used[which]]
+        return self._block[which, self._used[which]]
+
+    def take(self, which: np.ndarray) -> None:
+        """Go on to the pairs after those that `next` gave."""
         self._used[which] += 1
-        return pairs
 
 
 def check_options(options: Mapping[str, Any] | None, known: Iterable[str]) -> Mapping[str, Any]:
@@ -204,6 +214,8 @@ def check_options(options: Mapping[str, Any] | None, known: Iterable[str]) -> Ma
         KvenvError: if one is unknown, naming those that are known.
     """
     names = list(known)
+    if options is not None and not isinstance(options, Mapping):
+        raise KvenvError(f"options={options!r} is no dict: give one with {', '.join(names)}")
     for name in options or {}:
         if name not in names:
             raise KvenvError(f"unknown reset option {name!r}: choose from {', '.join(names)}")
@@ -235,3 +247,7 @@ def per_environment(name: str, value: object, m: int) -> np.ndarray:
     if values.shape != (m,) or values.dtype.kind not in "iu":
         raise KvenvError(f"{name}={value!r} is not {m} whole numbers: give one for each, or an int")
     return values.astype(np.int64)
+
+
+def _listed(traces: Traces) -> Sequence[str | Path]:
+    return [traces] if isinstance(traces, str | Path) else traces

@@ -46,12 +46,13 @@ class StreamBatch(SlotBatch):
         if given.shape != (self.num, 1) or given.dtype.kind not in "fiu":
             raise KvenvError(
                 f"action has shape {given.shape[self.num == 1 :]} and dtype {given.dtype}: give "
-                + ("one number" if self.num == 1 else f"{self.num} rows of one number")
+                + ("an array of one number" if self.num == 1 else f"{self.num} rows of one number")
             )
         scores = given[:, 0].astype(np.float64)
         if (wrong := live & ~np.isfinite(scores)).any():
+            i = int(wrong.argmax())
             raise KvenvError(
-                f"action gives token {self.now[wrong][0]} the score {scores[wrong][0]}: give a "
+                f"action gives token {self.now[i]}{self.whose(i)} the score {scores[i]}: give a "
                 "finite score"
             )
         return scores
@@ -137,7 +138,7 @@ class StreamEnv(TraceEnv):
 
     `reset()` and `step()` return a dict with
 
-    - `"episode"`, `"layer"`, `"head"`: what is being read;
+    - `"episode_index"`, `"layer"`, `"head"`: what is being read;
     - `"n"`: the prompt's tokens, of S;
     - `"budget"`: the cache's slots;
     - `"position"`: the newcomer's, S after the last step;
@@ -170,7 +171,8 @@ class StreamEnv(TraceEnv):
     | `sinks`       | **int**  | `0`           | first tokens that are always kept                 |
     | `recent`      | **int**  | `0`           | last tokens that are always kept                  |
     | `sink_free`   | **bool** | `False`       | attention to the first 4 tokens does not count    |
-    | `copy`        | **bool** | `True`        | `False`: observations share one array             |
+    | `copy`        | **bool** | `True`        | `False`: all observations share one array, which  |
+    |               |          |               | Gymnasium's check_env refuses                     |
     | `tokenizer`   | **str**  | `None`        | model whose tokenizer `"ansi"` uses               |
     | `render_mode` | **str**  | `None`        | `"rgb_array"` or `"ansi"`                         |
 
@@ -219,3 +221,4 @@ class StreamEnv(TraceEnv):
             tokenizer=tokenizer,
         )
         super().__init__(batch, copy, render_mode)
+        self.budget = budget

@@ -15,7 +15,7 @@ from kvenv.envs.batch import RENDER_MODES, Batch, Drawing
 from kvenv.envs.evict import EvictBatch
 from kvenv.envs.rank import RankBatch
 from kvenv.envs.single import check_render_mode
-from kvenv.envs.source import integer
+from kvenv.envs.source import check_options, integer
 from kvenv.envs.stream import StreamBatch
 from kvenv.errors import KvenvError
 
@@ -95,7 +95,7 @@ class TraceVectorEnv(Drawing, VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         Raises:
             KvenvError: if an option is unknown or out of range, naming the valid ones.
         """
-        chosen = dict(options or {})
+        chosen = dict(check_options(options, (*self.batch.options, "reset_mask")))
         which = self._masked(chosen.pop("reset_mask", None))
         self._seed(_spread(seed, self.num_envs), set(which.tolist()))
         for name in ("episode", "layer", "head", "budget"):
@@ -146,12 +146,15 @@ class TraceVectorEnv(Drawing, VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """What each environment's `render` would give."""
         if self.render_mode is None:
             return None
+        if not self.batch.began.all():
+            raise ResetNeeded(f"{self.batch.env_id} has nothing to render: call reset() first")
         show = self.batch.picture if self.render_mode == "rgb_array" else self.batch.text
         return tuple(show(i) for i in range(self.num_envs))
 
     def close_extras(self, **kwargs: Any) -> None:
         """Close the trace files."""
-        self.batch.source.close()
+        if hasattr(self, "batch"):  # Gymnasium 1.1 also closes what could not be made
+            self.batch.source.close()
 
     def _final(self, done: np.ndarray, outcome: dict[str, np.ndarray]) -> dict[str, Any]:
         """The last observation and info of the episodes that have ended."""
@@ -172,8 +175,8 @@ class TraceVectorEnv(Drawing, VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         wanted = np.asarray(mask)
         if wanted.shape != (self.num_envs,) or wanted.dtype != bool or not wanted.any():
             raise KvenvError(
-                f"reset_mask has shape {wanted.shape}, dtype {wanted.dtype} and {wanted.sum()} "
-                f"true entries: give {self.num_envs} bools, at least one of them true"
+                f"reset_mask has shape {wanted.shape} and dtype {wanted.dtype}: give "
+                f"{self.num_envs} bools, at least one of them true"
             )
         return np.flatnonzero(wanted)
 
@@ -234,11 +237,11 @@ def _where(mask: np.ndarray, array: np.ndarray) -> np.ndarray:
 def _spread(seed: int | Sequence[int | None] | None, num: int) -> Sequence[int | None]:
     if seed is None:
         return [None] * num
-    if not isinstance(seed, Sequence):
+    if not isinstance(seed, Sequence | np.ndarray):
         return [integer("seed", seed) + i for i in range(num)]
     if len(seed) != num:
         raise KvenvError(f"{len(seed)} seeds for {num} environments: give one each, or an int")
-    return seed
+    return [None if one is None else int(one) for one in seed]
 
 
 def _autoreset_mode(mode: str | AutoresetMode) -> AutoresetMode:

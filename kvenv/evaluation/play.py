@@ -8,6 +8,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
+from gymnasium.error import ResetNeeded
 
 from kvenv.envs.slots import SlotBatch
 from kvenv.errors import KvenvError
@@ -38,8 +39,8 @@ class ScorerPolicy:
             "kvenv/Evict-v0": self._evict,
         }
         env_id = getattr(self._batch, "env_id", None)
-        if env_id not in players:
-            raise KvenvError(f"{env} is not one of {', '.join(players)}: make one of those")
+        if env_id not in players or self._batch.num > 1:
+            raise KvenvError(f"{env} is not one of {', '.join(players)}, single: make one of those")
         self._play, self._scorer = players[env_id], scorer
         self._slots = isinstance(self._batch, SlotBatch)
         if self._slots and (missing := scorer.needs - {"utility"}):
@@ -61,6 +62,8 @@ class ScorerPolicy:
     def __call__(self, observation: np.ndarray, info: dict[str, Any]) -> Any:
         """The action in the environment's present state."""
         batch = self._batch
+        if not batch.began[0]:
+            raise ResetNeeded(f"{batch.env_id} has no episode to play: call reset() first")
         key = int(batch.episode[0]), int(batch.head[0])
         if key != self._key:
             self._read()
@@ -148,7 +151,7 @@ def play_all(env: gym.Env[Any, Any], scorer: Scorer, figure: str) -> np.ndarray:
     Args:
         env: a single kvenv environment.
         scorer: what plays.
-        figure: which entry of the last info to take: "closure" or "retention".
+        figure: which entry of the last info to take: "closure" (Rank-v0) or "retention" (others).
 
     Returns:
         (episodes, heads) float64, in the order of the environment's ``episodes`` and ``heads``.

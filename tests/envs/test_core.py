@@ -149,7 +149,7 @@ def test_attention_is_its_definition_and_drops_the_first_tokens() -> None:
     dropped = core.attention(queries, keys, drop=3)
     assert not dropped[:, 3:, :3].any()
     np.testing.assert_allclose(dropped[:, 3:].sum(-1), 1, atol=1e-6)
-    np.testing.assert_array_equal(dropped[:, :3], rows[:, :3])
+    assert not dropped[:, :3].any()
     np.testing.assert_allclose(
         dropped[0, 9] / dropped[0, 9, 9],
         np.r_[0, 0, 0, weights[0, 9, 3:]] / weights[0, 9, 9],

@@ -20,7 +20,7 @@ VARIANTS = [
 
 
 def utility_of(env: RankEnv, info: dict) -> torch.Tensor:
-    where = info["episode"], "utility/sum", info["layer"], info["head"]
+    where = info["episode_index"], "utility/sum", info["layer"], info["head"]
     return torch.from_numpy(env.traces.read(*where))
 
 
@@ -36,7 +36,7 @@ def test_observation_is_the_heads_features(folder: str) -> None:
     options = {"episode": 1, "layer": 3, "head": 1}
     obs, info = env.reset(seed=0, options=options)
     np.testing.assert_array_equal(obs.ravel(), RankEnv(folder).reset(options=options)[0])
-    assert info == {"episode": 1, "layer": 3, "head": 1, "n": 24}
+    assert info == {"episode_index": 1, "layer": 3, "head": 1, "n": 24}
     trace = env.traces.head(1, 3, 1)
     assert obs.shape == env.observation_space.shape == (40, 19)
     np.testing.assert_array_equal(obs[:24, :8], trace.keys[:24].astype(np.float32))
@@ -63,7 +63,7 @@ def test_reward_is_the_learners_to_the_last_bit(folder: str, arguments: dict) ->
         scores = torch.from_numpy(action[:n])
         guarded = u.protect(scores, arguments.get("sinks", 0), arguments.get("recent", 0))
         if arguments.get("reward") == "output":
-            trace = env.traces.head(info["episode"], info["layer"], info["head"])
+            trace = env.traces.head(info["episode_index"], info["layer"], info["head"])
             future = (trace.queries[:, -trace.T :], trace.keys, trace.values)
             budgets = [u.budget_tokens(f, n) for f in u.FRACTIONS]
             errors = core.output_error(*map(torch.from_numpy, future), guarded, budgets)
@@ -113,7 +113,7 @@ def test_seeds_decide_everything_and_all_heads_are_drawn(folder: str) -> None:
         (obs, info), (other, again) = one.reset(seed=seed), two.reset(seed=seed)
         assert info == again
         np.testing.assert_array_equal(obs, other)
-        seen.add((info["episode"], info["layer"], info["head"]))
+        seen.add((info["episode_index"], info["layer"], info["head"]))
     assert len(seen) == 3 * 2 * 2
 
 
@@ -121,7 +121,7 @@ def test_fixed_head_stays_and_options_pick_for_one_episode(folder: str) -> None:
     env = RankEnv(folder, layer=3, budgets=[4])
     assert {env.reset(seed=s)[1]["layer"] for s in range(8)} == {3}
     _, info = env.reset(options={"layer": 1, "head": 1, "episode": 2, "budgets": [33]})
-    assert info == {"layer": 1, "head": 1, "episode": 2, "n": 33}
+    assert info == {"layer": 1, "head": 1, "episode_index": 2, "n": 33}
     assert env.step(env.action_space.sample())[1] == 1.0
     assert env.reset()[1]["layer"] == 3
     assert env.step(env.action_space.sample())[1] < 1.0
@@ -249,16 +249,39 @@ def test_episodes_of_several_sets_are_numbered_through_and_can_be_chosen(
 ) -> None:
     other = tiny_traces(tmp_path / "other", [(12, 4)], seed=9)
     env = RankEnv([folder, str(other.path)], episodes=[3, 1], flat=False)
-    assert {env.reset(seed=s)[1]["episode"] for s in range(12)} == {1, 3}
+    assert {env.reset(seed=s)[1]["episode_index"] for s in range(12)} == {1, 3}
     obs, info = env.reset(options={"episode": 3, "layer": 1, "head": 0})
     assert info["n"] == 12
     np.testing.assert_array_equal(obs[:12, :8], other.read(0, "keys", 1, 0)[:12].astype(np.float32))
     foreign = tiny_traces(tmp_path / "foreign", fingerprint="g")
     for arguments, message in (
         ({"traces": [folder, str(foreign.path)]}, "different models"),
-        ({"traces": []}, "no trace sets given"),
+        ({"traces": []}, "names no trace set"),
         ({"episodes": []}, "episodes is empty"),
         ({"episodes": [3]}, "episode 3 is not in the trace set: choose 0 to 2"),
+    ):
+        with pytest.raises(KvenvError, match=message):
+            RankEnv(**{"traces": folder, **arguments})
+
+
+def test_only_episodes_that_are_drawn_or_asked_for_must_suit_the_budgets(folder: str) -> None:
+    env = RankEnv(folder, budgets=[30], episodes=[0, 2])  # episode 1 has 24 prompt tokens
+    env.reset(seed=0)
+    assert 0 < env.step(np.zeros(40))[1] < 1
+    with pytest.raises(KvenvError, match=r"budget 30 is outside 1..24"):
+        env.reset(options={"episode": 1})
+    env.reset(options={"episode": 1, "budgets": [24]})
+    assert env.step(np.zeros(40))[1] == 1
+
+
+def test_sets_that_share_nothing_and_arguments_of_the_wrong_kind_are_named(
+    folder: str, tiny_traces, tmp_path
+) -> None:
+    other = tiny_traces(tmp_path / "other", layers=(0, 2))
+    for arguments, message in (
+        ({"traces": [folder, str(other.path)]}, r"share no \(layer, KV head\)"),
+        ({"traces": 3}, "traces=3 names no trace set"),
+        ({"episodes": 3}, "episodes=3 is no list"),
     ):
         with pytest.raises(KvenvError, match=message):
             RankEnv(**{"traces": folder, **arguments})

@@ -11,6 +11,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
+from stable_baselines3 import PPO
 from stable_baselines3.common.env_checker import check_env as check_sb3
 
 from kvenv.registration import ENVIRONMENTS, register
@@ -131,3 +132,25 @@ def test_rules_can_be_played_without_loading_transformers(folder: str) -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+@every_id
+def test_usual_wrappers_and_stable_baselines3_find_nothing_in_their_way(
+    folder: str, env_id: str
+) -> None:
+    made = {"traces": folder, **arguments(env_id)}
+    env = gym.wrappers.RecordEpisodeStatistics(gym.make(env_id, **made))
+    assert play(env, 0)[-1][4]["episode"]["l"] == len(play(env, 0)) - 1
+    many = gym.wrappers.vector.RecordEpisodeStatistics(gym.make_vec(env_id, num_envs=2, **made))
+    many.action_space.seed(0)
+    many.reset(seed=0)
+    lengths: set[int] = set()
+    for _ in range(60):
+        *_, infos = many.step(many.action_space.sample())
+        lengths |= (
+            set(infos["episode"]["l"][infos["_episode"]].tolist()) if "episode" in infos else set()
+        )
+    assert lengths
+    model = PPO("MlpPolicy", gym.make(env_id, **made), n_steps=64, batch_size=32, device="cpu")
+    model.learn(192)
+    assert len(model.ep_info_buffer or ()) > 1

@@ -133,7 +133,8 @@ def test_output_reward_is_its_definition(folder: str) -> None:
 def test_stream_shows_the_newcomer_and_the_fill(folder: str) -> None:
     env = StreamEnv(folder, budget=8)
     obs, info = env.reset(seed=0, options=WHERE)
-    assert info == {**WHERE, "n": 40, "budget": 8, "position": 0, "retention": 1.0}
+    where = {"episode_index": 0, "layer": 3, "head": 1}
+    assert info == {**where, "n": 40, "budget": 8, "position": 0, "retention": 1.0}
     trace = env.traces.head(0, 3, 1)
     for t in range(LENGTH):
         expected = [*trace.keys[t], *trace.values[t], np.log2(1 + t) / 16, min(t, 8) / 8]
@@ -191,9 +192,9 @@ def test_a_smaller_budget_leaves_slots_empty(folder: str) -> None:
     [
         ({"budget": 29}, "budget 29 holds all 29 tokens of episode 1, so nothing would ever go"),
         ({"budget": 5, "sinks": 4, "recent": 2}, "budget 5 cannot hold sinks 4 . recent 2"),
-        ({"budget": 0}, "budget 0 cannot hold.*at least 1"),
+        ({"budget": 0}, "budget 0 cannot hold any token: give at least 1"),
         ({"budget": 1.5}, "fraction 1.5 is not in"),
-        ({"budget": "8"}, "budget='8' is not a whole number"),
+        ({"budget": "8"}, "budget '8' is no number: give tokens, or a fraction"),
         ({"reward": "loss", "budget": 8}, "unknown reward 'loss'"),
         ({"reward": "output", "sink_free": True, "budget": 8}, "sink_free=True goes with"),
         ({"sinks": -1, "budget": 8}, "sinks=-1 is negative"),
@@ -231,7 +232,7 @@ def test_a_budget_beyond_the_slots_is_named(folder: str) -> None:
     [
         (StreamEnv, np.array([np.nan]), "token 0 the score nan"),
         (StreamEnv, np.zeros(2), r"shape \(2,\)"),
-        (StreamEnv, 0.5, r"shape \(\) and dtype float64: give one number"),
+        (StreamEnv, 0.5, r"shape \(\) and dtype float64: give an array of one number"),
         (StreamEnv, np.array(["a"]), "dtype <U1"),
         (EvictEnv, 9, "action 9 is not a slot: choose from 0 to 8"),
         (EvictEnv, -1, "action -1 is not a slot"),
@@ -276,3 +277,23 @@ def test_pictures_and_text_show_what_is_held(folder: str, env_id: str) -> None:
     ids = TraceSet(folder).tokens(0)
     assert kept.split() == [str(ids[i]) for i in held]
     assert len(text.replace("\x1b[2m", "").replace("\x1b[0m", "").split()) == seen
+
+
+@pytest.mark.parametrize("env_type", [StreamEnv, EvictEnv])
+def test_only_episodes_that_are_drawn_or_asked_for_must_suit_the_budget(folder, env_type) -> None:
+    env = env_type(folder, budget=35, episodes=[0, 2])  # episode 1 has 29 tokens
+    assert env.reset(options={"episode": 2})[1]["budget"] == 35
+    with pytest.raises(KvenvError, match="budget 35 holds all 29 tokens of episode 1"):
+        env.reset(options={"episode": 1})
+    small = env_type(folder, budget=0.25, episodes=[1])
+    with pytest.raises(KvenvError, match="budget 10 is more than the 6 slots"):
+        small.reset(options={"episode": 0})
+    assert small.reset(options={"episode": 0, "budget": 0.125})[1]["budget"] == 5
+
+
+def test_attention_to_the_sinks_never_counts(folder: str) -> None:
+    env = StreamEnv(folder, budget=2, sink_free=True)
+    _, paid, info = stream(env, np.linspace(1, -1, LENGTH))
+    assert paid[:4] == [1.0] * 4
+    assert max(paid[4:]) == 0  # the first two tokens are kept, and they are sinks
+    assert info["retention"] == 0

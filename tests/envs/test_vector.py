@@ -97,13 +97,13 @@ def test_default_modes(folder: str, vector: type, mode: str) -> None:
 def test_options_pick_for_all_or_for_each(folder: str) -> None:
     env = StreamVectorEnv(3, traces=folder, budget=8)
     _, info = env.reset(seed=0, options={"episode": 2, "layer": np.array([1, 3, 1])})
-    assert info["episode"].tolist() == [2, 2, 2]
+    assert info["episode_index"].tolist() == [2, 2, 2]
     assert info["layer"].tolist() == [1, 3, 1]
     mask = np.array([True, False, True])
     options = {"reset_mask": mask, "episode": [0, 1, 1], "budget": [5, 6, 7]}
     _, info = env.reset(options=options)
-    assert info["_episode"].tolist() == mask.tolist()
-    assert info["episode"].tolist() == [0, 0, 1]
+    assert info["_episode_index"].tolist() == mask.tolist()
+    assert info["episode_index"].tolist() == [0, 0, 1]
     assert info["budget"].tolist() == [5, 0, 7]
     assert env.batch.budget.tolist() == [5, 8, 7]
     assert options.keys() == {"reset_mask", "episode", "budget"}  # Gymnasium's loop takes it out
@@ -145,7 +145,7 @@ def test_what_cannot_be_is_named(folder: str) -> None:
     env.reset(seed=0)
     with pytest.raises(KvenvError, match=r"shape \(3,\).*give 2 whole numbers"):
         env.step(np.array([3, 3, 3]))
-    with pytest.raises(KvenvError, match="action 0 names a slot that may not go"):
+    with pytest.raises(KvenvError, match="action 0 in environment 1 names a slot"):
         env.step(np.array([3, 0]))
     for mask in (np.array([True]), np.array([0, 1]), np.zeros(2, bool)):
         with pytest.raises(KvenvError, match="reset_mask has shape"):
@@ -167,3 +167,37 @@ def test_every_environment_can_be_drawn(folder: str) -> None:
         env.step(np.zeros((2, 1), np.float32))
     texts = env.render()
     assert ["episode 0" in texts[0], "episode 1" in texts[1]] == [True, True]
+
+
+def test_a_refused_reset_changes_nothing(folder: str) -> None:
+    one, two = (RankVectorEnv(2, traces=folder) for _ in range(2))
+    same(one.reset(seed=0), two.reset(seed=0))
+    for options in ({"episode": 99}, {"layer": 2}, {"budgets": [99]}, {"x": 1}, 5):
+        with pytest.raises(KvenvError):
+            one.reset(options=options)
+    same(one.reset(), two.reset())
+    actions = np.zeros((2, 40))
+    actions[1, 1] = np.nan
+    with pytest.raises(KvenvError, match="token 1 in environment 1 the score nan"):
+        one.step(actions)
+
+
+def test_budgets_of_each_may_be_fractions(folder: str) -> None:
+    env = StreamVectorEnv(2, traces=folder, budget=0.5)
+    _, info = env.reset(options={"episode": [0, 1], "budget": [0.25, 0.5]})
+    assert info["budget"].tolist() == [10, 12]
+
+
+def test_pictures_of_the_others_stay_when_one_is_reset(folder: str) -> None:
+    made = {"autoreset_mode": "Disabled", "render_mode": "ansi", "traces": folder}
+    env = RankVectorEnv(2, **made)
+    with pytest.raises(ResetNeeded, match="nothing to render"):
+        env.render()
+    env.reset(seed=0)
+    env.step(np.zeros((2, 40)))
+    before = env.render()
+    env.reset(options={"reset_mask": np.array([True, False])})
+    after = env.render()
+    assert "closure" in before[0]
+    assert "closure" not in after[0]
+    assert after[1] == before[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -75,7 +76,7 @@ class HeldOut(BaseCallback):
         env.set_options([dict(zip(names, pair, strict=True)) for pair in pairs.tolist()])
         results: list[dict[str, float]] = [{} for _ in pairs]
         observations = env.reset()
-        maskable = env.has_attr("action_masks")
+        maskable = "action_masks" in inspect.signature(model.predict).parameters
         while not all(results):
             seen = observations if scaled is None else scaled.normalize_obs(observations)  # pyright: ignore[reportArgumentType]
             masks = {"action_masks": np.stack(env.env_method("action_masks"))} if maskable else {}

@@ -69,7 +69,8 @@ def export(
 
     A policy with a method ``scorer_network`` (those of `kvenv.learning.sb3`) gives its network. A
     plain MlpPolicy on kvenv/Stream-v0 is read layer by layer; where its action is squashed by
-    tanh, the score is what goes into it. Every head gets the same weights.
+    tanh, the score is what goes into it, and where SB3 clips it to [-1, 1], the score is what it
+    clips. Every head gets the same weights.
 
     Args:
         model: of PPO, A2C, SAC, MaskablePPO or one like them.

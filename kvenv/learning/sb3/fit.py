@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -57,6 +58,28 @@ class Task:
     num_envs: int
     seed: int
     held_out: Mapping[str, Any]
+
+
+def check_options(agent: Any, least: Mapping[str, int], **kinds: Sequence[str]) -> None:
+    """Refuse options of an agent that no training can be made of.
+
+    Args:
+        agent: whose attributes they are; None stands for a usual value.
+        least: name -> the least that it may be.
+        **kinds: ``positive`` and ``shares`` (0 to 1): names.
+
+    Raises:
+        KvenvError: naming the option, its value and what it may be.
+    """
+    ranges = {
+        **{name: (low, math.inf, f"at least {low}") for name, low in least.items()},
+        **dict.fromkeys(kinds.get("positive", ()), (1e-300, math.inf, "positive")),
+        **dict.fromkeys(kinds.get("shares", ()), (0, 1, "a share, from 0 to 1")),
+    }
+    for name, (low, high, wanted) in ranges.items():
+        value = getattr(agent, name)
+        if value is not None and not (low <= value <= high and value < math.inf):
+            raise KvenvError(f"{name} is {value}: it must be {wanted}")
 
 
 def fit(

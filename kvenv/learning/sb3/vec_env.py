@@ -9,6 +9,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices
 
@@ -105,8 +106,6 @@ class KvenvVecEnv(VecEnv):
                 strict=True,
             )
             for i, final, new, total, length, cut in rows:
-                if "episode" in final:
-                    final["episode_index"] = final["episode"]
                 final["episode"] = {"r": total, "l": length, "t": seconds}
                 final["terminal_observation"] = infos["final_obs"][i]
                 final["TimeLimit.truncated"] = cut
@@ -157,8 +156,8 @@ class KvenvVecEnv(VecEnv):
     def env_is_wrapped(
         self, wrapper_class: type[gym.Wrapper[Any, Any, Any, Any]], indices: VecEnvIndices = None
     ) -> list[bool]:
-        """False: there are no single environments to wrap."""
-        return [False for _ in self._get_indices(indices)]
+        """Whether infos are those of SB3's Monitor, which they are; nothing else wraps them."""
+        return [wrapper_class is Monitor for _ in self._get_indices(indices)]
 
     def get_images(self) -> Sequence[np.ndarray | None]:
         """The pictures of all environments."""
@@ -183,7 +182,11 @@ def _merge(options: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 def _split(infos: Mapping[str, Any], which: np.ndarray) -> list[dict[str, Any]]:
     """The infos of some environments, one dict each, from arrays with masks."""
-    names = [name for name in infos if f"_{name}" in infos and not name.startswith("final_")]
+    names = [
+        name
+        for name, value in infos.items()
+        if f"_{name}" in infos and isinstance(value, np.ndarray) and name != "final_obs"
+    ]
     rows: list[dict[str, Any]] = [{} for _ in which]
     for name in names:
         array = infos[name][which]

@@ -3,7 +3,7 @@ from __future__ import annotations
 import gymnasium as gym
 import numpy as np
 import pytest
-from stable_baselines3 import PPO
+from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.logger import Logger
 
 from kvenv.display import progress_bar
@@ -120,3 +120,14 @@ def test_progress_moves_a_bar(traces: TraceSet):
     assert task.fields["note"] == f"closure {held_out.history[-1]['closure']:.3f}"
     model.learn(16, callback=Progress(bar, 16))
     assert bar.tasks[1].fields["note"].startswith("reward 0.")
+
+
+def test_an_algorithm_without_masks_is_measured_on_evict(traces: TraceSet) -> None:
+    made = {"traces": str(traces.path), "budget": 8}
+    watch = HeldOut(make_vec("kvenv/Evict-v0", 2, **made), every=64)
+    model = DQN(
+        "MlpPolicy", make_vec("kvenv/Evict-v0", 2, **made), learning_starts=8, buffer_size=64
+    )
+    model.learn(128, callback=watch)
+    assert len(watch.history) >= 2
+    assert 0 < watch.history[-1]["retention"] < 1

@@ -14,6 +14,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecNormalize
 
+from kvenv import plugins
 from kvenv.errors import KvenvError
 from kvenv.learning.run import Run
 from kvenv.learning.sb3 import (
@@ -218,3 +219,22 @@ def test_held_out_prompts_may_be_longer_or_shorter(
     for train_set, held_out in (sets, sets[::-1]):
         scorer = quick_agent(name).fit([train_set], [(1, 0)], Run(validation=[held_out]))
         assert len(scorer.training["curves"]["1:0"]) >= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("ppo", {"batch": 1}, "batch is 1: it must be at least 2"),
+        ("ppo", {"steps": 0}, "steps is 0: it must be at least 1"),
+        ("ppo", {"lr": -1.0}, "lr is -1.0: it must be positive"),
+        ("ppo", {"gamma": 2.0}, "gamma is 2.0: it must be a share"),
+        ("maskable_ppo", {"epochs": 0}, "epochs is 0: it must be at least 1"),
+        ("maskable_ppo", {"lr": float("nan")}, "lr is nan: it must be positive"),
+        ("sac", {"start": 500, "steps": 64}, "start is 500 and steps 64: nothing would be learned"),
+    ],
+)
+def test_options_that_nothing_can_be_learned_with_are_named(
+    name: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(KvenvError, match=message):
+        plugins.load("agent", name)(**options)

@@ -33,7 +33,8 @@ def test_a_rank_episode_ends_at_every_step_with_what_sb3_asks_for(
     assert done.all()
     single = gym.make("kvenv/Rank-v0", traces=str(traces.path))
     for i, info in enumerate(infos):
-        where = {name: begun[i][name] for name in ("episode", "layer", "head")}
+        where = {name: begun[i][name] for name in ("layer", "head")}
+        where["episode"] = begun[i]["episode_index"]
         again, _ = single.reset(options=where)
         *_, expected = (outcome := single.step(actions[i]))
         np.testing.assert_array_equal(info["terminal_observation"], first[i])
@@ -82,16 +83,20 @@ def test_a_seed_decides_the_episodes(rank: KvenvVecEnv):
 def test_options_reach_the_environments_once(rank: KvenvVecEnv):
     rank.set_options({"episode": 2, "layer": 3, "head": 1})
     rank.reset()
-    picked = [(one["episode"], one["layer"], one["head"]) for one in rank.reset_infos]
+    picked = [(one["episode_index"], one["layer"], one["head"]) for one in rank.reset_infos]
     assert picked == [(2, 3, 1)] * 3
     drawn = set()
     for _ in range(20):
         rank.reset()
-        drawn |= {one["episode"] for one in rank.reset_infos}
+        drawn |= {one["episode_index"] for one in rank.reset_infos}
     assert drawn == {0, 1, 2}
     rank.set_options([{"episode": e, "head": 0} for e in (2, 0, 1)])
     rank.reset()
-    assert [(one["episode"], one["head"]) for one in rank.reset_infos] == [(2, 0), (0, 0), (1, 0)]
+    assert [(one["episode_index"], one["head"]) for one in rank.reset_infos] == [
+        (2, 0),
+        (0, 0),
+        (1, 0),
+    ]
     rank.set_options([{"episode": 0}, {}, {"layer": 1}])
     with pytest.raises(KvenvError, match="different names"):
         rank.reset()
