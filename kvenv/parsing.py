@@ -134,6 +134,8 @@ def parse(
             optional = {"nargs": "?", "default": argparse.SUPPRESS}  # --config may still give it
         parser.add_argument(key, type=hints[key], help=documented.get(key, ""), **optional)
     if plugin is not None:
+        # Types that the file postpones are lost on jsonargparse where a base class has none.
+        getattr(plugin.__init__, "__annotations__", {}).update(own)
         try:
             added = parser.add_class_arguments(plugin, as_group=True)
         except ValueError as error:

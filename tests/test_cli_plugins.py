@@ -177,3 +177,17 @@ def test_options_are_those_of_the_init_that_is_called() -> None:
 def test_options_without_a_readable_type_are_refused(plugin: type, message: str) -> None:
     with pytest.raises(KvenvError, match=message):
         parsing.parse("kvenv train mine", commands.train, plugin, ["--help"])
+
+
+def test_postponed_types_of_a_derived_dataclass_are_read(tmp_path: Path, capsys) -> None:
+    file = tmp_path / "strong.py"
+    file.write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "from kvenv.learning.agent import Heuristic\n\n"
+        "@dataclass\nclass Strong(Heuristic):\n"
+        '    """Strong."""\n\n    strength: float = 1.0\n'
+    )
+    options = ["--traces", "sample", "--out", str(tmp_path / "out")]
+    assert cli.main(["train", str(file), "--strength", "abc", *options]) == 2
+    assert "--strength 'abc': give a number" in capsys.readouterr().err
