@@ -82,8 +82,10 @@ def provenance() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
+    script = sys.argv[0].endswith(".py") and not sys.argv[0].endswith("__main__.py")
+    program = ["python", os.path.relpath(sys.argv[0])] if script else ["kvenv"]
     return {
-        "command": shlex.join(["kvenv", *sys.argv[1:]]),
+        "command": shlex.join([*program, *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "versions": versions,
         "machine": {

@@ -113,3 +113,9 @@ def test_provenance_says_how_a_number_came_about(monkeypatch: pytest.MonkeyPatch
     assert record["machine"]["cores"] >= 1
     assert record["machine"].keys() == {"system", "processor", "cores"}
     assert all(record["machine"].values())
+
+
+def test_provenance_names_a_script(monkeypatch: pytest.MonkeyPatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [str(tmp_path / "examples" / "curves.py"), "--share", "1"])
+    assert provenance()["command"] == "python examples/curves.py --share 1"
