@@ -159,7 +159,8 @@ def test_it_renders_and_sb3_wrappers_wrap_it(traces: TraceSet):
     assert picture.shape == (1080, 960, 3)  # one above the other
     assert picture[:540].any()
     assert picture[540:].any()
-    monitored = VecMonitor(env)
+    with pytest.warns(UserWarning, match="already wrapped with a .Monitor"):
+        monitored = VecMonitor(env)
     monitored.reset()
     *_, infos = monitored.step(np.zeros((2, 40)))
     assert infos[0]["episode"]["l"] == 1
