@@ -251,7 +251,7 @@ def command(folder: Path, model: Path, out: str) -> list[str]:
     (folder / "workload.py").write_text(WORKLOAD)
     return [
         *(sys.executable, "-m", "kvenv.cli", "record", "./workload.py", "--model", str(model)),
-        *("--out", out, "--episodes", "120", "--prompt-tokens", "64", "--future-tokens", "16"),
+        *("--out", out, "--episodes", "40", "--prompt-tokens", "64", "--future-tokens", "16"),
         *("--shard-episodes", "3", "--seed", "7"),
     ]
 
@@ -270,6 +270,8 @@ def test_kills_and_interrupts_at_random_moments_leave_no_trace(tmp_path, checkpo
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     quiet = {"cwd": tmp_path, "env": environment, "stdout": subprocess.DEVNULL}
+    # A shell's background job, as CI may be, ignores interrupts, and so would its children.
+    quiet["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     subprocess.run(run("whole"), check=True, **quiet)
     seed = random.randrange(10**6)
     chance = random.Random(seed)
@@ -279,16 +281,12 @@ def test_kills_and_interrupts_at_random_moments_leave_no_trace(tmp_path, checkpo
         wait_for(tmp_path / "killed" / f"shard-{last:05d}.h5", process)
         time.sleep(chance.uniform(0, 0.1))
         process.send_signal(how)
-        try:
-            _, error = process.communicate(timeout=1.5)
-        except subprocess.TimeoutExpired:
-            process.send_signal(how)  # Python drops one that falls into a finaliser: press again
-            _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=60)
         if how == signal.SIGINT:
             assert process.returncode == 130
             assert error.decode().strip().splitlines()[-1].startswith("interrupted;")
             assert not list((tmp_path / "killed").glob(".*"))
         last = len(list((tmp_path / "killed").glob("shard-*.h5")))
-        assert 0 < last < 40, f"seed {seed}: not in the middle of the work"
+        assert 0 < last < 13, f"seed {seed}: not in the middle of the work"
     subprocess.run(run("killed"), check=True, **quiet)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole"), f"seed {seed}"
