@@ -14,7 +14,7 @@ import stable_baselines3
 
 from kvenv.learning.run import Run
 from kvenv.learning.sb3 import KvenvVecEnv, Standardise, TokenPolicy
-from kvenv.learning.sb3.fit import Scale, Task, check_options, fit
+from kvenv.learning.sb3.fit import Scale, Task, check_ppo, fit
 from kvenv.scorers.base import Head
 from kvenv.scorers.bundle import NetworkScorer
 from kvenv.trace import TraceSet
@@ -67,10 +67,7 @@ class PPO:
     trains = True
 
     def __post_init__(self) -> None:
-        least = {"steps": 1, "num_envs": 1, "rollout": 2, "batch": 2, "epochs": 1, "seed": 0}
-        cache = {"budget": 1, "sinks": 0, "recent": 0}
-        shares = ("gamma", "gae_lambda")
-        check_options(self, {**least, **cache}, positive=("lr", "clip"), shares=shares)
+        check_ppo(self)
 
     def fit(
         self,

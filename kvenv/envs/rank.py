@@ -138,7 +138,7 @@ class RankBatch(Batch):
         return rows.reshape(-1, *self._shape)
 
     def check_actions(self, actions: Any, live: np.ndarray) -> np.ndarray:
-        """Scores (N, max_tokens) float64, -inf from each prompt's end on."""
+        """Scores (N, max_tokens), -inf from each prompt's end on."""
         given = np.asarray(actions)
         if given.shape != (self.num, self.max_tokens) or given.dtype.kind not in "fiu":
             raise KvenvError(

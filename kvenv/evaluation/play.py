@@ -40,7 +40,7 @@ class ScorerPolicy:
         }
         env_id = getattr(self._batch, "env_id", None)
         if env_id not in players or self._batch.num > 1:
-            raise KvenvError(f"{env} is not one of {', '.join(players)}, single: make one of those")
+            raise KvenvError(f"{env} is no single environment of {', '.join(players)}: make one")
         self._play, self._scorer = players[env_id], scorer
         self._slots = isinstance(self._batch, SlotBatch)
         if self._slots and (missing := scorer.needs - {"utility"}):

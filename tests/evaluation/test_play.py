@@ -116,7 +116,7 @@ def test_what_cannot_play_is_named(traces: TraceSet, kvp: Any) -> None:
         with pytest.raises(KvenvError, match=f"Past needs past_attention, which kvenv/{env_id}"):
             ScorerPolicy(Past(), make(env_id, traces, **CACHE))
     assert play_all(make("Rank", traces), Past(), "closure").shape == (3, 4)
-    with pytest.raises(KvenvError, match="is not one of kvenv/Rank-v0"):
+    with pytest.raises(KvenvError, match="is no single environment of kvenv/Rank-v0"):
         ScorerPolicy(load_scorer("knorm"), gym.make("CartPole-v1"))
     part = plugins.load("agent", "kvp")(steps=2).fit([traces], [(1, 0)])
     env = make("Rank", traces)

@@ -82,6 +82,14 @@ def check_options(agent: Any, least: Mapping[str, int], **kinds: Sequence[str]) 
             raise KvenvError(f"{name} is {value}: it must be {wanted}")
 
 
+def check_ppo(agent: Any) -> None:
+    """`check_options` for what ppo and maskable_ppo share."""
+    least = {"steps": 1, "num_envs": 1, "rollout": 2, "batch": 2, "epochs": 1, "seed": 0}
+    cache = {"budget": 1, "sinks": 0, "recent": 0}
+    shares = ("gamma", "gae_lambda")
+    check_options(agent, {**least, **cache}, positive=("lr", "clip"), shares=shares)
+
+
 def fit(
     agent: str,
     task: Task,
