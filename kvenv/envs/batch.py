@@ -27,7 +27,8 @@ RENDER_MODES = ("rgb_array", "ansi")
 class Batch(ABC):
     """The rules of an environment, for N episodes at once.
 
-    Whatever is per environment has a leading axis N. No method loops over the environments.
+    Whatever is per environment has a leading axis N, and no step loops over the environments, but
+    for Rank-v0's output reward.
 
     Args:
         num: N.

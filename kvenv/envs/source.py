@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from kvenv.errors import KvenvError
-from kvenv.trace import TraceSet
+from kvenv.trace import TraceSet, same_model
 
 Traces = str | Path | Sequence[str | Path]
 """One trace set or several: folders, or ids of packaged sets."""
@@ -51,19 +51,15 @@ class Source:
                 f"traces={traces!r} names no trace set: give a folder, or a list of them"
             )
         self.sets = [TraceSet(name) for name in names]
-        first = self.sets[0]
-        for other in self.sets[1:]:
-            if other.model.fingerprint != first.model.fingerprint:
-                raise KvenvError(
-                    f"trace sets are of different models: {first.path} of {first.model.id}, "
-                    f"{other.path} of {other.model.id}; use sets of one model"
-                )
+        same_model(self.sets)
         self.heads: list[tuple[int, int]] = sorted(
             set.intersection(*(set(t.heads) for t in self.sets))
         )
         if not self.heads:
             held = "; ".join(f"{t.path} holds {t.heads}" for t in self.sets)
-            raise KvenvError(f"the trace sets share no (layer, KV head): {held}")
+            raise KvenvError(
+                f"the trace sets share no (layer, KV head): {held}; record the same --layers"
+            )
         self._places = [(t, i) for t in self.sets for i in range(len(t))]
         infos = [t.info(i) for t, i in self._places]
         self.n = np.array([info.n for info in infos])

@@ -10,9 +10,9 @@ import torch
 
 from kvenv import utility as ut
 from kvenv.errors import KvenvError
-from kvenv.learning.episodes import choose_heads, same_model
+from kvenv.learning.episodes import choose_heads
 from kvenv.scorers.base import Head, Scorer
-from kvenv.trace import TraceSet
+from kvenv.trace import TraceSet, same_model
 
 METRICS = ("reward", "closure", *(f"retention@1/{round(1 / f)}" for f in ut.FRACTIONS))
 """What is measured for every (episode, head), once with the sinks and once without."""

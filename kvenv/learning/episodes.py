@@ -67,23 +67,6 @@ def stream(
             yield ahead.result()
 
 
-def same_model(traces: Sequence[TraceSet]) -> None:
-    """Check that trace sets are of one model.
-
-    Raises:
-        KvenvError: if there are none, or naming two sets and their different models.
-    """
-    if not traces:
-        raise KvenvError("no trace sets given: name at least one with --traces")
-    first = traces[0]
-    for other in traces[1:]:
-        if other.model.fingerprint != first.model.fingerprint:
-            raise KvenvError(
-                f"trace sets are of different models: {first.path} of {first.model.id}, "
-                f"{other.path} of {other.model.id}; use sets of one model"
-            )
-
-
 def choose_heads(traces: Sequence[TraceSet], heads: Sequence[Head] | None) -> list[Head]:
     """The heads recorded in every set, or those asked for.
 

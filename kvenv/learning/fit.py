@@ -22,14 +22,13 @@ from kvenv.learning.episodes import (
     deviation,
     hold_out,
     moments,
-    same_model,
     stream,
 )
 from kvenv.learning.run import Run, load_checkpoint, save_checkpoint
 from kvenv.scorers.base import Head
 from kvenv.scorers.bundle import NetworkScorer
 from kvenv.scorers.network import Architecture, PerHeadMLP
-from kvenv.trace import TraceSet
+from kvenv.trace import TraceSet, same_model
 
 Objective = Callable[[torch.Tensor, torch.Tensor, torch.Generator], torch.Tensor]
 """(scores (H, n), utility (H, n), noise) -> gradient of the loss in the scores, (H, n)."""

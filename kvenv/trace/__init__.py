@@ -2,7 +2,7 @@
 
 from kvenv.trace.describe import summary
 from kvenv.trace.episode import FIELDS, EpisodeArrays, EpisodeInfo, HeadTrace
-from kvenv.trace.reader import TraceSet, packaged
+from kvenv.trace.reader import TraceSet, packaged, same_model
 from kvenv.trace.schema import Manifest, ModelInfo, ShardInfo
 from kvenv.trace.writer import TraceWriter
 
@@ -17,5 +17,6 @@ __all__ = [
     "TraceSet",
     "TraceWriter",
     "packaged",
+    "same_model",
     "summary",
 ]

@@ -9,7 +9,7 @@ import threading
 import warnings
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
@@ -281,3 +281,20 @@ class TraceSet:
             )
         group = self.model.group
         return slice(head * group, (head + 1) * group) if field == "queries" else int(head)
+
+
+def same_model(traces: Sequence[TraceSet]) -> None:
+    """Check that trace sets are of one model.
+
+    Raises:
+        KvenvError: if there are none, or naming two sets and their different models.
+    """
+    if not traces:
+        raise KvenvError("no trace sets given: name at least one")
+    first = traces[0]
+    for other in traces[1:]:
+        if other.model.fingerprint != first.model.fingerprint:
+            raise KvenvError(
+                f"trace sets are of different models: {first.path} of {first.model.id}, "
+                f"{other.path} of {other.model.id}; use sets of one model"
+            )

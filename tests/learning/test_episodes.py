@@ -16,11 +16,10 @@ from kvenv.learning import episodes
 from kvenv.learning.episodes import (
     choose_heads,
     read_heads,
-    same_model,
     split_documents,
     stream,
 )
-from kvenv.trace import TraceSet
+from kvenv.trace import TraceSet, same_model
 
 LENGTHS = ((40, 6), (24, 5), (33, 7))
 

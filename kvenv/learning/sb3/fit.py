@@ -14,7 +14,7 @@ import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from kvenv.errors import KvenvError
-from kvenv.learning.episodes import Index, choose_heads, hold_out, same_model, stream
+from kvenv.learning.episodes import Index, choose_heads, hold_out, stream
 from kvenv.learning.fit import evaluate
 from kvenv.learning.run import Run
 from kvenv.learning.sb3.callbacks import HeldOut
@@ -25,7 +25,7 @@ from kvenv.learning.sb3.vec_env import KvenvVecEnv, make_vec
 from kvenv.scorers.base import Head
 from kvenv.scorers.bundle import NetworkScorer, is_bundle
 from kvenv.scorers.network import Feature
-from kvenv.trace import TraceSet
+from kvenv.trace import TraceSet, same_model
 
 Scale = tuple[np.ndarray, np.ndarray]
 """Mean and standard deviation of a policy's inputs."""

@@ -16,12 +16,11 @@ from kvenv.learning.episodes import (
     choose_heads,
     deviation,
     moments,
-    same_model,
     stream,
 )
 from kvenv.scorers.base import Head
 from kvenv.scorers.network import Architecture, Feature, PerHeadMLP, features
-from kvenv.trace import TraceSet
+from kvenv.trace import TraceSet, same_model
 
 Numbers = Sequence[float] | np.ndarray | torch.Tensor
 
