@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kvenv import cli, commands, parsing
+from kvenv.commands import recording
 from kvenv.errors import KvenvError
 from kvenv.trace import TraceSet
 
@@ -494,7 +495,7 @@ def test_an_interrupt_ends_with_130(work, capsys, monkeypatch) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "TraceSet", interrupted)
+    monkeypatch.setattr(recording, "TraceSet", interrupted)
     assert kvenv("inspect", "traces0") == 130
     assert capsys.readouterr().err == "interrupted; the same command goes on where it can\n"
 
@@ -514,7 +515,7 @@ def test_errors_of_the_system_name_their_file(work, capsys, monkeypatch) -> None
     def denied(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied", "some/file")
 
-    monkeypatch.setattr(commands, "TraceSet", denied)
+    monkeypatch.setattr(recording, "TraceSet", denied)
     assert kvenv("inspect", "traces0") == 2
     assert capsys.readouterr().err.startswith("kvenv: error: 'some/file': Permission denied")
 

@@ -1,0 +1,21 @@
+"""What the ``kvenv`` commands do; their typed arguments and docstrings make the command line."""
+
+from kvenv.commands.benchmarks import bench
+from kvenv.commands.common import parse_heads, write_json
+from kvenv.commands.evaluating import evaluate
+from kvenv.commands.generating import generate
+from kvenv.commands.playing import dataset
+from kvenv.commands.recording import inspect, record
+from kvenv.commands.training import train
+
+__all__ = [
+    "bench",
+    "dataset",
+    "evaluate",
+    "generate",
+    "inspect",
+    "parse_heads",
+    "record",
+    "train",
+    "write_json",
+]
