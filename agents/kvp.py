@@ -1,85 +1,65 @@
-"""KVP: a Plackett-Luce ranking agent per head, trained with REINFORCE.
+"""KVP: a Plackett-Luce ranking agent per head, trained by policy gradient.
 
 Moschella, Manduchi, Sener: Learning to Evict from Key-Value Cache, ICML 2026 (arXiv 2602.10238).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 
 from kvenv.errors import KvenvError
-from kvenv.learning.fit import Optimisation, fit
+from kvenv.learning import objectives
 from kvenv.learning.plackett_luce import Credit, policy_gradient
-from kvenv.learning.run import Run
-from kvenv.scorers.base import Head
-from kvenv.scorers.bundle import NetworkScorer
-from kvenv.scorers.network import Architecture, Feature
-from kvenv.trace import TraceSet
-from kvenv.utility import emphasise
+from kvenv.learning.ranking import RankingAgent
+
+Signal = Literal["pairwise", "listwise", "regression"]
 
 
-@dataclass
-class KVP:
+@dataclass(kw_only=True)
+class KVP(RankingAgent):
     """Learn to rank tokens by their future attention, from keys and values alone.
 
     Args:
-        steps: optimiser steps.
-        samples: rankings drawn for each head and step (K of the leave-one-out baseline).
-        credit: reward_to_go credits the choice at rank j with the budgets b >= j; plain credits
-            every choice with the whole reward.
-        sink_free: share of the reward that leaves the first 4 tokens out of the utility; attention
-            sinks hold most of it and hide what sets the other tokens apart.
-        lr: AdamW's learning rate, falling to zero along a cosine.
-        weight_decay: AdamW's weight decay.
-        batch: episodes a step.
-        hidden: widths of the hidden layers.
-        features: what of a token the agent sees.
-        seed: of initial weights, episode order and sampled rankings.
+        credit: expected follows the exact gradient of the policy's mean reward, which has a closed
+            form; the other two estimate it from sampled rankings (REINFORCE, leave-one-out):
+            reward_to_go credits the choice at rank j with the budgets b >= j, plain credits every
+            choice with the whole reward, as the paper does.
+        samples: rankings drawn for each head and step (not by expected).
+        warm_start: share of the steps, from the first on, that follow another signal.
+        warm_signal: that signal; see the agents of these names.
     """
 
-    steps: int = 1000
+    credit: Credit = "expected"
     samples: int = 8
-    credit: Credit = "reward_to_go"
-    sink_free: float = 0.8
-    lr: float = 8e-3
-    weight_decay: float = 0.1
-    batch: int = 1
-    hidden: list[int] = field(default_factory=lambda: [128, 128])
-    features: list[Feature] = field(default_factory=lambda: ["key", "value"])
-    seed: int = 0
-
-    trains = True
+    warm_start: float = 0.5
+    warm_signal: Signal = "pairwise"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sink_free <= 1:
-            raise KvenvError(f"sink_free is {self.sink_free}: it is a share, from 0 to 1")
+        super().__post_init__()
+        if not 0 <= self.warm_start <= 1:
+            raise KvenvError(f"warm_start is {self.warm_start}: it is a share, from 0 to 1")
+        for name, known in (("credit", get_args(Credit)), ("warm_signal", get_args(Signal))):
+            if getattr(self, name) not in known:
+                raise KvenvError(
+                    f"{name} is {getattr(self, name)!r}: give one of {', '.join(known)}"
+                )
+        if self.credit != "expected" and self.samples < 2:
+            raise KvenvError(
+                f"samples is {self.samples}: credit {self.credit} compares rankings with each "
+                "other, give 2 or more, or credit expected, which draws none"
+            )
 
-    def fit(
-        self,
-        traces: Sequence[TraceSet],
-        heads: Sequence[Head] | None = None,
-        run: Run | None = None,
-    ) -> NetworkScorer:
-        """Train one agent per head; see `kvenv.learning.fit.fit`."""
-
-        def gradient(
-            scores: torch.Tensor, utility: torch.Tensor, noise: torch.Generator
-        ) -> torch.Tensor:
-            reward = emphasise(utility, self.sink_free)
-            return policy_gradient(scores, reward, self.samples, self.credit, noise)
-
-        return fit(
-            agent="kvp",
-            objective=gradient,
-            traces=traces,
-            heads=heads,
-            architecture=Architecture(tuple(self.features), tuple(self.hidden)),
-            optimisation=Optimisation(
-                self.steps, self.lr, self.weight_decay, self.batch, self.seed
-            ),
-            options=asdict(self),
-            run=run,
-        )
+    def gradient(
+        self, scores: torch.Tensor, utility: torch.Tensor, noise: torch.Generator, step: int
+    ) -> torch.Tensor:
+        """See `RankingAgent.gradient`."""
+        if step >= self.warm_start * self.steps:
+            return policy_gradient(scores, utility, self.samples, self.credit, noise)
+        if self.warm_signal == "pairwise":
+            return objectives.pairwise(scores, utility, 16, noise)
+        if self.warm_signal == "listwise":
+            return objectives.listwise(scores, utility)
+        return objectives.regression(scores, utility, 1e-3)

@@ -22,6 +22,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": commands.generate,
     "dataset": commands.dataset,
     "bench": commands.bench,
+    "report": commands.report,
 }
 PLUGINS: dict[str, plugins.Kind] = {"record": "workload", "train": "agent"}
 """Commands whose first argument is a plug-in, whose own options join the command's."""

@@ -31,6 +31,9 @@ RESULT_COLUMNS = {
 }
 """Metric -> heading of a results table."""
 
+SHOWN = 5
+"""Heads behind that a line names; the JSON has all."""
+
 
 def progress_bar(unit: str, shown: bool = True) -> Progress:
     """A bar with count, elapsed time, time left and a free text field, ``note``.
@@ -79,20 +82,49 @@ def _fact(key: str, value: Any) -> str:
 
 
 def print_results(result: Mapping[str, Any]) -> None:
-    """An evaluation as two tables, agents by budgets: over all tokens, and sink-free."""
+    """An evaluation as two tables, agents by budgets: over all tokens, and sink-free.
+
+    Below each, a line for every learned agent says how far it is from the best heuristics.
+    """
     counted = f"{result['documents']} documents, {len(result['heads'])} heads"
     titles = {
         "full": f"retention: mean ± half the 95 % interval over {counted}",
         "sink_free": "sink-free: the same with the first 4 tokens left out",
     }
     agents = result["agents"]
-    for kind, title in titles.items():
+    for table_name, title in titles.items():
         table = Table(title=title, show_edge=False)
         table.add_column("agent", min_width=9)
         for heading in RESULT_COLUMNS.values():
             table.add_column(heading, justify="right")
-        for name in sorted(agents, key=lambda agent: -agents[agent][kind]["closure"]["mean"]):
-            figures = [agents[name][kind][metric] for metric in RESULT_COLUMNS]
+        for name in sorted(agents, key=lambda agent: -agents[agent][table_name]["closure"]["mean"]):
+            figures = [agents[name][table_name][metric] for metric in RESULT_COLUMNS]
             cells = [f"{f['mean']:.3f} ±{(f['high'] - f['low']) / 2:.3f}" for f in figures]
             table.add_row(name, *cells)
         console.print(table)
+        for name, tables in result["comparison"].items():
+            if agents[name]["kind"] == "learned":
+                line = f"{name} against the best heuristic: {_compared(tables[table_name])}"
+                console.print(line, markup=False, highlight=False)
+
+
+def _compared(figures: Mapping[str, Any]) -> str:
+    """Paired differences at each budget with their intervals, and heads won, in words."""
+    budgets = []
+    for metric, heading in RESULT_COLUMNS.items():
+        if metric.startswith("retention@"):
+            f = figures[metric]
+            budgets.append(
+                f"{heading} {f['difference']:+.3f} [{f['low']:+.3f}, {f['high']:+.3f}] "
+                f"{f['baseline']}"
+            )
+    heads = figures["heads"]
+    won = f"{heads['wins']} of {heads['of']} heads"
+    behind = [
+        f"{layer}:{head} ({margin:+.3f}, {baseline})"
+        for layer, head, baseline, margin in heads["behind"]
+    ]
+    if behind:
+        more = f" and {len(behind) - SHOWN} more" if len(behind) > SHOWN else ""
+        won += f"; behind on {', '.join(behind[:SHOWN])}{more}"
+    return f"{', '.join(budgets)}; {won}"

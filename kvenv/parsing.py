@@ -18,7 +18,7 @@ from kvenv.errors import KvenvError
 BARE = {"generate": "greedy"}
 """What an option that takes a choice means when no choice follows it."""
 
-POSITIONAL = ("folder", "prompt", "what", "environment")
+POSITIONAL = ("folder", "prompt", "what", "environment", "files")
 """Arguments given by place, not as options."""
 
 COMMAS = "separated by commas"

@@ -36,6 +36,17 @@ def available(kind: Kind) -> dict[str, Path]:
     return found
 
 
+def trained() -> dict[str, Path]:
+    """The trained agents that come with kvenv: their names and bundles' folders."""
+    folder = shipped_folder("agents") / "trained"
+    return {path.parent.name: path.parent for path in sorted(folder.glob("*/config.json"))}
+
+
+def is_path(name: str) -> bool:
+    """Whether a plug-in is asked for by its file, and not by a bare name."""
+    return name.endswith(".py") or "/" in name or "\\" in name
+
+
 def load(kind: Kind, name: str) -> type:
     """The class that a plug-in defines.
 
@@ -48,7 +59,7 @@ def load(kind: Kind, name: str) -> type:
         KvenvError: if there is no such plug-in, naming those there are, or if its file does not
             define exactly one class with the method that the kind needs.
     """
-    if name.endswith(".py") or "/" in name or "\\" in name:
+    if is_path(name):
         path = Path(name)
         if not path.is_file():
             raise KvenvError(f"{kind} file {name!r} does not exist: check the path")

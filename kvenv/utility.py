@@ -100,14 +100,25 @@ def closure(utility: Array, scores: Array, budgets: Sequence[int] | None = None)
 
     Where every ranking is equally good (oracle = random) closure is 1.
     """
-    a, n = _torch(utility), utility.shape[-1]
+    a = _torch(utility)
+    rewards = reward(a, _torch(scores), budgets), oracle_reward(a, budgets)
+    return _like(closure_of(*rewards, a.shape[-1], budgets), utility)
+
+
+def closure_of(reward: Array, oracle: Array, n: int, budgets: Sequence[int] | None = None) -> Array:
+    """`closure` of rewards that are known already, (...) float64.
+
+    Args:
+        reward: the rankings', (...).
+        oracle: the `oracle_reward` of the same utilities, (...).
+        n: tokens that were ranked.
+        budgets: which both rewards are over.
+    """
     chance = random_reward(n, budgets)
-    best = oracle_reward(a, budgets) - chance
-    gain = reward(a, _torch(scores), budgets) - chance
+    gain, best = (_torch(one) - chance for one in (reward, oracle))
     # 1e-12 is rounding noise of float64 sums in [0, 1]; below it there is nothing to win.
     flat = best <= 1e-12
-    ratio = torch.where(flat, torch.ones_like(gain), gain / best.masked_fill(flat, 1.0))
-    return _like(ratio, utility)
+    return _like(torch.where(flat, 1.0, gain / best.masked_fill(flat, 1.0)), reward)
 
 
 def without_sinks(array: Array, sinks: int = SINKS) -> Array:

@@ -37,7 +37,7 @@ def tiny_traces() -> Callable[..., TraceSet]:
 
 SB3 = {"steps": 2, "num_envs": 2, "batch": 2}
 QUICK: dict[str, dict[str, Any]] = {
-    "kvp": {"steps": 2},
+    **{name: {"steps": 2} for name in ("kvp", "pairwise", "listwise", "regression")},
     "ppo": {**SB3, "rollout": 2, "epochs": 1, "budget": 8, "sinks": 1, "recent": 1},
     "sac": {**SB3, "steps": 4, "buffer": 8, "start": 2},
     "maskable_ppo": {**SB3, "rollout": 2, "epochs": 1, "budget": 8, "sinks": 1, "recent": 1},
@@ -64,13 +64,15 @@ def record_tiny(
     fingerprint: str = "f",
     layers: tuple[int, ...] = (1, 3),
     seed: int = 0,
+    stats: bool = False,
 ) -> TraceSet:
     """Record random episodes of (n, T) tokens: 4 layers, 2 KV and 4 query heads of 8.
 
-    ``utility`` makes the future attention (L, H, n) of the prompt's keys (L, H, n, d).
+    ``utility`` makes the future attention (L, H, n) of the prompt's keys (L, H, n, d); ``stats``
+    adds query statistics.
     """
     model = ModelInfo("tiny", fingerprint, "llama", "t", 4, 2, 4, 8, layers)
-    manifest = Manifest(model, "random", {}, seed, len(lengths), "all", {})
+    manifest = Manifest(model, "random", {}, seed, len(lengths), "all", {}, stats=stats)
     with TraceWriter(folder, manifest, shard_episodes=2) as writer:
         for index in range(writer.done, len(lengths)):
             n, T = lengths[index]
@@ -86,9 +88,15 @@ def record_tiny(
             if utility is not None:
                 total = utility(keys[:, :, :n].astype(np.float32)).astype(np.float32)
             document = documents[index] if documents else f"document {index}"
+            moments: list[np.ndarray] = []
+            if stats:
+                root = rng.normal(size=(len(layers), 4, 8, 8))
+                moments = [root[..., 0], root @ root.swapaxes(-1, -2) / 8]
             writer.add(
                 EpisodeArrays(
-                    tokens, keys, values, queries, total, largest, past, n, T, document, {}, index
+                    *(tokens, keys, values, queries, total, largest, past, n, T),
+                    *(document, {}, index),
+                    *(part.astype(np.float32) for part in moments),
                 )
             )
     return TraceSet(folder)

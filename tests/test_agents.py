@@ -44,6 +44,8 @@ def inputs(batch: int = 3, n: int = 11, dtype: torch.dtype = torch.float32) -> I
         "positions": torch.arange(n).mul(3).expand(batch, 2, n),
         "queries": normal(batch, 4, 6, 8),
         "past_attention": torch.rand(batch, 2, n, generator=noise),
+        "query_mean": normal(batch, 4, 8),
+        "query_cov": torch.eye(8).expand(batch, 4, 8, 8),
         "utility": torch.rand(batch, 2, n, generator=noise),
     }
 
@@ -60,8 +62,8 @@ class TestContract:
 
     def test_only_a_pointwise_scorer_needs_no_company(self, name: str, fit):
         scorer, given = fit(name), inputs(n=12)
-        some = torch.tensor([7, 0, 3, 11])
-        per_token = set(given) - {"queries"}
+        some = torch.tensor([7, 0, 3, 9])
+        per_token = set(given) - {"queries", "query_mean", "query_cov"}
         fewer = given | {part: given[part][:, :, some] for part in per_token}
         together, alone = score(scorer, given)[:, :, some], score(scorer, fewer)
         same = torch.allclose(together, alone, rtol=1e-5, atol=1e-6)

@@ -122,6 +122,7 @@ GENERATE = "generate hello --model model0"
     "command",
     [
         *("", "record", "record text", "record ruler", "record chat", "train", "train kvp"),
+        *("record boolq", "record arc", "record longbench", "record govreport"),
         *("inspect", "evaluate", "generate", "bench"),
     ],
 )
@@ -284,11 +285,13 @@ def test_lists_are_given_with_commas(text: str, hint: Any, spelt: str) -> None:
         ("train kvp --traces traces0 --out traces1", ["exists and is not a bundle"]),
         ("train kvp --traces traces0 --out model1 --overwrite", ["exists and is not a bundle"]),
         (f"{TRAIN} --seed -1", ["seed is -1"]),
-        (f"{TRAIN} --samples 1", ["samples is 1"]),
+        (f"{TRAIN} --credit plain --samples 1", ["samples is 1", "give 2 or more"]),
         ("evaluate --traces traces0 --agents one/bundle --heads 1:1", ["no head is covered"]),
+        (f"{TRAIN} --warm-start 2", ["warm_start is 2.0", "from 0 to 1"]),
+        ("train pairwise --traces traces0 --out new --pairs 0", ["pairs is 0"]),
         (f"{TRAIN} --heads 0", ["heads '0'", "layer:head"]),
         (f"{TRAIN} --heads 9:9", ["heads [(9, 9)] are not recorded"]),
-        (f"{TRAIN} --credit both", ["--credit 'both': give one of reward_to_go, plain"]),
+        (f"{TRAIN} --credit both", ["--credit 'both': give one of expected, reward_to_go"]),
         (f"{TRAIN} --evaluate-every 0", ["evaluate-every is 0"]),
         (f"{TRAIN} --checkpoint-every 0", ["checkpoint-every is 0"]),
         ("evaluate --traces traces0 --agents nosuch", ["unknown agent 'nosuch'", "knorm"]),

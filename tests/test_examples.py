@@ -14,7 +14,9 @@ import pytest
 from PIL import Image
 
 from kvenv.cli import main
+from kvenv.plugins import load
 from kvenv.scorers import load_scorer
+from kvenv.scorers.network import Architecture
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -81,6 +83,40 @@ def test_sb3_ppo_beats_chance(monkeypatch, capsys) -> None:
     closure = float(re.findall(r"closure (.*)", capsys.readouterr().out)[-1])
     assert closure > 0.5
     assert load_scorer("ppo").heads == {(10, 1)}
+
+
+ABLATION = ["--train", "sample", "--validation", "sample", "--heads", "10:1", "--steps", "4"]
+
+
+def test_ablation_compares_variants(monkeypatch, capsys) -> None:
+    run("ablation.py", *ABLATION, "--only", "s*: *double", monkeypatch=monkeypatch)
+    run("ablation.py", *ABLATION, "--only", "signal: [pl]*", monkeypatch=monkeypatch)
+    names = ["signal: pairwise", "signal: pairwise, 64 pairs", "signal: listwise"]
+    results = json.loads(Path("ablation.json").read_text())["variants"]
+    assert list(results) == names
+    for name, figures in results.items():
+        assert figures["agent"] in name
+        assert figures["options"]["steps"] == 4
+        assert figures["options"]["lr"] == load("agent", figures["agent"])().lr
+        for part in ("closure", "sink_free"):
+            assert figures[part]["low"] <= figures[part]["mean"] <= figures[part]["high"] <= 1
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("steps: double", *names))
+
+
+def test_ablation_knows_its_variants(monkeypatch, capsys) -> None:
+    with pytest.raises(SystemExit):
+        run("ablation.py", "--only", "luck*", monkeypatch=monkeypatch)
+    assert "matches none of: signal: expected reward" in capsys.readouterr().err
+
+
+def test_every_variant_of_the_ablation_is_one_that_its_agent_takes() -> None:
+    variants = runpy.run_path(str(EXAMPLES / "ablation.py"))["VARIANTS"]
+    for name, (agent, options) in variants.items():
+        plugin = load("agent", agent)
+        made = plugin(**{**options, "steps": 4, "lr": plugin().lr})
+        architecture = Architecture(tuple(made.features), tuple(made.hidden), age=made.age)
+        assert architecture.inputs(64) >= 64, name
 
 
 def test_learning_curves_are_drawn(monkeypatch) -> None:

@@ -84,17 +84,24 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 
 def shipped(folder: str, pattern: str) -> set[str]:
-    return {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob(pattern)}
+    found = (ROOT / folder).rglob(pattern)
+    return {path.relative_to(ROOT).as_posix() for path in found if path.is_file()}
 
 
-def test_the_wheel_carries_the_package_the_plug_ins_and_the_sample(wheel: zipfile.ZipFile) -> None:
+def test_the_wheel_carries_the_package_the_plug_ins_the_sample_and_the_trained_agents(
+    wheel: zipfile.ZipFile,
+) -> None:
     names = set(wheel.namelist())
     code = shipped("kvenv", "*.py")
+    read = [shipped("kvenv", f"*.{kind}") for kind in ("jinja", "html", "css", "js")]
+    assert all(read), "kvenv holds what its code reads: a card's template and the report's page"
     plugins = shipped("agents", "*.py") | shipped("traces", "*.py")
     sample = shipped("traces/sample", "*.h5") | shipped("traces/sample", "manifest.json")
     assert plugins
     assert len(sample) >= 2, "traces/sample holds a manifest and at least one shard"
-    assert code | {"kvenv/py.typed"} | {f"kvenv/_data/{name}" for name in plugins | sample} <= names
+    trained = shipped("agents/trained", "*")
+    data = {f"kvenv/_data/{name}" for name in plugins | sample | trained}
+    assert code.union({"kvenv/py.typed"}, data, *read) <= names
 
 
 def test_the_wheel_carries_nothing_else(wheel: zipfile.ZipFile) -> None:

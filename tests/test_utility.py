@@ -158,6 +158,18 @@ def test_reward_is_the_mean_of_retention_at_the_budgets(
     np.testing.assert_allclose(ut.reward(utility, scores, budgets), np.mean(at, 0), rtol=1e-12)
 
 
+@given(problems(), st.data())
+def test_closure_of_known_rewards_is_closure_to_the_bit(
+    problem: tuple[np.ndarray, np.ndarray], data: st.DataObject
+):
+    n = problem[0].shape[-1]
+    budgets = data.draw(st.none() | st.lists(st.integers(1, n), min_size=1))
+    known = ut.reward(*problem, budgets), ut.oracle_reward(problem[0], budgets)
+    found = ut.closure_of(*known, n, budgets)
+    assert isinstance(found, np.ndarray)
+    assert found.tobytes() == ut.closure(*problem, budgets).tobytes()
+
+
 def test_figures_by_hand():
     utility, scores = np.array([1.0, 0.0, 3.0]), np.array([0.5, 0.9, 0.1])  # ranks 1, 0, 2
     np.testing.assert_array_equal(ut.ranking(scores), [1, 0, 2])
@@ -168,6 +180,10 @@ def test_figures_by_hand():
     assert ut.random_reward(3, [1]) == pytest.approx(1 / 3)
     assert ut.oracle_reward(utility) == pytest.approx(2.75 / 3)
     assert ut.closure(utility, scores) == pytest.approx((1.25 - 2) / (2.75 - 2))
+    assert ut.closure_of(np.array([0.8, 0.5]), np.array([0.9, 0.5]), 4, [2]).tolist() == [
+        pytest.approx(0.3 / 0.4),
+        1,  # nothing can be won
+    ]
     assert ut.closure(utility, scores, [3]) == 1  # at b = n every ranking keeps everything
 
 

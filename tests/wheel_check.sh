@@ -31,6 +31,26 @@ section "The command line"
 "$bin/kvenv" inspect sample
 "$bin/kvenv" train kvp --traces sample --steps 2 --out bundle
 test -s bundle/model.safetensors -a -s bundle/config.json
+"$bin/kvenv" evaluate --traces sample --agents knorm,bundle --json evaluation.json
+"$bin/kvenv" report evaluation.json
+test -s report.html
+
+section "The trained agents"
+"$bin/python" - "$root" <<'PYTHON'
+import sys
+from pathlib import Path
+
+from kvenv.plugins import trained
+from kvenv.scorers import load_scorer
+
+shipped = {path.parent.name for path in Path(sys.argv[1]).glob("agents/trained/*/config.json")}
+if set(trained()) != shipped:
+    sys.exit(f"the wheel has {sorted(trained())}, the checkout {sorted(shipped)}")
+for name in sorted(shipped):
+    if not load_scorer(name).card:
+        sys.exit(f"{name} has no card")
+    print(name)
+PYTHON
 
 section "Nothing came from the checkout"
 "$bin/python" - "$root" <<'PYTHON'

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Literal
 
 import numpy as np
@@ -63,8 +63,9 @@ class Chat:
     ) -> Sample:
         """Episode ``index``: see `kvenv.recording.workload.Workload.sample`.
 
-        The metadata hold turn (which message the future is) and first_turn (the first message in
-        the prompt after the system message).
+        The metadata hold turn (which message the future is), first_turn (the first message in the
+        prompt after the system message) and turns (token offsets: 0, where each reply begins and
+        where it has ended, and last n, where the future begins).
         """
         key = (tokenizer, seed, prompt_tokens)
         if key not in self._found:
@@ -78,13 +79,15 @@ class Chat:
                 "conversations, larger prompt_tokens, or split all"
             )
         conversation, turn, first = found[index]
+        prompt = _prompt(tokenizer, conversation, first, turn)
+        turns = _turns(tokenizer, conversation, first, turn, prompt)
         return Sample(
-            prompt=_prompt(tokenizer, conversation, first, turn),
+            prompt=prompt,
             future=tokens.reply_tokens(
                 tokenizer, conversation.messages[turn]["content"], future_tokens
             ),
             document=conversation.name,
-            metadata={"turn": turn, "first_turn": first},
+            metadata={"turn": turn, "first_turn": first, "turns": turns},
         )
 
     def _fitting(
@@ -135,3 +138,38 @@ def _prompt(
     text = tokens.render(tokenizer, [*system, *conversation.messages[first:turn]])
     start = [] if tokenizer.chat_template else tokens.opening(tokenizer)
     return start + tokens.encode(tokenizer, text)
+
+
+def _turns(
+    tokenizer: PreTrainedTokenizerBase,
+    conversation: Conversation,
+    first: int,
+    turn: int,
+    prompt: list[int],
+) -> list[int]:
+    """Offsets in the prompt: 0, the beginning and the end of every reply in it, its length.
+
+    A boundary inside a token is drawn before it. One that is not there, as where a chat template
+    rewrites a message, is left out.
+    """
+    found = {0, len(prompt)}
+    end = tokens.end_of_turn(tokenizer)
+    for reply in (i for i in _replies(conversation) if first < i < turn):
+        content = conversation.messages[reply]["content"]
+        start = _reach(prompt, 0, _prompt(tokenizer, conversation, first, reply))
+        if start is None:
+            continue
+        found.add(start)
+        for text in (content, content.strip(), f" {content}"):  # templates trim, tokens take spaces
+            stop = _reach(prompt, start, tokens.encode(tokenizer, text))
+            if stop is not None:
+                found.add(stop + len(end) if prompt[stop : stop + len(end)] == end else stop)
+                break
+    return sorted(found)
+
+
+def _reach(prompt: list[int], start: int, ids: list[int]) -> int | None:
+    """Where ``ids`` end in the prompt if they stand at ``start``, their last one aside."""
+    pairs = zip(ids, prompt[start:], strict=False)
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return start + same if same >= max(1, len(ids) - 1) else None

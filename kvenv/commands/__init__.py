@@ -6,6 +6,7 @@ from kvenv.commands.evaluating import evaluate
 from kvenv.commands.generating import generate
 from kvenv.commands.playing import dataset
 from kvenv.commands.recording import inspect, record
+from kvenv.commands.reporting import report
 from kvenv.commands.training import train
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "inspect",
     "parse_heads",
     "record",
+    "report",
     "train",
     "write_json",
 ]

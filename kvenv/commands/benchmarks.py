@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from kvenv.commands.common import write_json
+from kvenv.commands.common import parse_heads, pick_device, trace_sets, write_json
 from kvenv.display import console
 from kvenv.errors import KvenvError
 
+OPTIONS = {
+    "record": ("model", "tokens", "repeats"),
+    "env": ("sizes", "num_envs", "repeats"),
+    "learners": (
+        *("traces", "validation", "heads", "learners", "steps", "ppo_steps"),
+        *("target", "sink_free_target", "device"),
+    ),
+}
+"""What is measured -> which options it takes."""
+
 
 def bench(
-    what: Literal["record", "env"],
+    what: Literal["record", "env", "learners"],
     model: str | None = None,
     tokens: list[int] | None = None,
     sizes: list[str] | None = None,
     num_envs: list[int] | None = None,
-    repeats: int = 5,
+    repeats: int | None = None,
+    traces: str | None = None,
+    validation: str | None = None,
+    heads: str | None = None,
+    learners: list[str] | None = None,
+    steps: int | None = None,
+    ppo_steps: int | None = None,
+    target: float | None = None,
+    sink_free_target: float | None = None,
+    device: str | None = None,
     json: Path | None = None,
 ) -> None:
     """Measure kvenv against its baseline, both in this process, and print the ratio.
@@ -25,35 +44,74 @@ def bench(
     the logits nobody reads (as the recorder does), and output_attentions=True; time, peak memory.
     env: stepping vector environments, against Gymnasium's SyncVectorEnv and stable-baselines3's
     DummyVecEnv over single ones, and a bare copy of the observations; steps a second.
+    learners: training kvp, against other learning signals and stable-baselines3's PPO, on the same
+    heads and traces; seconds of training a head until held-out closure reaches a target.
 
     Args:
-        what: record or env.
+        what: record, env or learners.
         model: record: smollm2-135m (default), gemma-3-270m, a checkpoint folder or a hub id.
         tokens: record: episode lengths, prompt and future together; default 1024,2048.
         sizes: env: of an observation, small (2 KiB), medium (32) or large (256); default all.
         num_envs: env: environments stepped together; default 1,8,64,256.
-        repeats: timed runs of each; the median counts.
+        repeats: record, env: timed runs of each; the median counts; default 5.
+        traces: learners: trace sets to train on, separated by commas.
+        validation: learners: held-out trace sets; without, a tenth of the training documents.
+        heads: learners: train these only, as layer:head,layer:head.
+        learners: learners: which; default kvp,kvp-sampled,kvp-plain,pairwise,listwise,regression
+            and ppo, which trains one head after another: give it few heads.
+        steps: learners: optimiser steps of all but ppo; default 1000.
+        ppo_steps: learners: timesteps of ppo for each head; default 6144.
+        target: learners: closure to reach; default what the weakest but ppo has at its end.
+        sink_free_target: learners: sink-free closure to reach; default likewise.
+        device: learners: cpu, cuda, ...; default a GPU if there is one. ppo takes the CPU.
         json: write all figures, with their provenance, to this file.
     """
+    options: dict[str, Any] = {
+        name: value for name, value in locals().items() if name not in ("what", "json")
+    }
     from kvenv.evaluation.statistics import provenance
 
-    foreign = (
-        {"sizes": sizes, "num-envs": num_envs}
-        if what == "record"
-        else {"model": model, "tokens": tokens}
-    )
-    if given := [f"--{name}" for name, value in foreign.items() if value is not None]:
-        raise KvenvError(f"bench {what} takes no {' or '.join(given)}: leave it out")
+    foreign = [
+        f"--{name.replace('_', '-')}"
+        for name, value in options.items()
+        if value is not None and name not in OPTIONS[what]
+    ]
+    if foreign:
+        raise KvenvError(f"bench {what} takes no {' or '.join(foreign)}: leave it out")
+    repeats = 5 if repeats is None else repeats
     if what == "record":
         from kvenv.recording.bench import run
 
         figures = run(model or "smollm2-135m", tokens or [1024, 2048], repeats, console)
-    else:
+    elif what == "env":
         from kvenv.envs import bench
 
         figures = bench.run(
             sizes or list(bench.SIZES), num_envs or bench.NUM_ENVS, repeats, console
         )
+    else:
+        figures = _learners(options)
     result = {**provenance(), **figures}
     if json is not None:
         write_json(json, result)
+
+
+def _learners(options: dict[str, Any]) -> dict[str, Any]:
+    from kvenv.learning.bench import Settings, run
+
+    if options["traces"] is None:
+        raise KvenvError("bench learners learns from traces: give --traces")
+    targets = {"closure": options["target"], "sink_free": options["sink_free_target"]}
+    given = {name: options[name] for name in ("learners", "steps", "ppo_steps")}
+    settings = Settings(
+        **{name: value for name, value in given.items() if value is not None},
+        targets={metric: value for metric, value in targets.items() if value is not None},
+        device=pick_device(options["device"] or "auto"),
+    )
+    return run(
+        trace_sets(options["traces"]),
+        trace_sets(options["validation"]) if options["validation"] else (),
+        parse_heads(options["heads"]) if options["heads"] else None,
+        settings,
+        console,
+    )

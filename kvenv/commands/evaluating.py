@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal
 
-from kvenv.commands.common import listed, parse_heads, trace_sets, write_json
+from kvenv.commands.common import listed, parse_heads, pick_device, trace_sets, write_json
 from kvenv.display import print_results, progress_bar
-from kvenv.scorers import load_scorer
+from kvenv.errors import KvenvError
+from kvenv.scorers import Head, Scorer, load_scorer
+from kvenv.trace import TraceSet
 
 
 def evaluate(
@@ -14,21 +17,54 @@ def evaluate(
     agents: str,
     heads: str | None = None,
     json: Path | None = None,
+    texts: int = 0,
+    tasks: list[Literal["retention", "perplexity", "accuracy", "streaming", "conversation"]] = [  # noqa: B006
+        "retention"
+    ],
+    budgets: list[float] = [0.5, 0.25, 0.125],  # noqa: B006
+    token_budgets: list[int] = [256],  # noqa: B006
+    sinks: int = 4,
+    recent: int = 16,
+    step: int = 1,
+    model: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
 ) -> None:
-    """Measure how much of the future's attention each agent's ranking keeps.
+    """Measure what agents keep of held-out traces, and what the model then does.
 
-    Prints retention at budgets 1/16, 1/8, 1/4, 1/2 and averaged over all, and closure, with and
-    without the first 4 tokens, with 95 % bootstrap intervals over documents.
+    retention: the share of the future's attention that the best-ranked tokens hold, at budgets
+    1/16, 1/8, 1/4, 1/2 and averaged over all, and closure, with and without the first 4 tokens.
+    perplexity: of the future, once the prompt's cache was cut. accuracy: of the answers, likewise
+    (ruler, boolq, ...). streaming: perplexity of whole texts, token by token in a cache of fixed
+    size. conversation: the same turn by turn (chat). All with 95 % bootstrap intervals over
+    documents; learned agents beside the best heuristic, paired over documents.
 
     Args:
         traces: held-out trace sets, separated by commas.
-        agents: names of heuristics and folders of bundles, separated by commas.
-        heads: measure these only, as layer:head,layer:head.
+        agents: names of heuristics and of shipped trained agents, and folders of bundles, separated
+            by commas.
+        heads: measure retention of these only, as layer:head,layer:head.
         json: write all figures, with their provenance, to this file.
+        texts: of so many documents, add the text and every token's ranks to the file.
+        tasks: what to measure; all but retention run the model.
+        budgets: of perplexity and accuracy, as shares of the prompt.
+        token_budgets: of streaming and conversation, in tokens a head.
+        sinks: first tokens that are always kept (not by retention).
+        recent: last tokens that are always kept (not by retention).
+        step: tokens that streaming feeds at a time.
+        model: where the model is, if not under the name in the traces.
+        dtype: the model's number format.
+        device: cpu, cuda, ...; auto takes a GPU if there is one.
     """
     from kvenv.evaluation import statistics
-    from kvenv.evaluation.retention import measure
+    from kvenv.evaluation.show import print_tasks
+    from kvenv.evaluation.tasks import evaluate_tasks
+    from kvenv.recording import models
 
+    if texts < 0 or (texts and json is None):
+        raise KvenvError(f"texts is {texts}: give a count, and a file for them with --json")
+    if not tasks or (texts and "retention" not in tasks):
+        raise KvenvError(f"tasks {','.join(tasks)!r}: name at least one; --texts needs retention")
     sets = trace_sets(traces)
     given = listed(agents, "agents")
     names = [Path(agent).name for agent in given]
@@ -37,17 +73,82 @@ def evaluate(
         for name, agent in zip(names, given, strict=True)
     }
     chosen = parse_heads(heads) if heads else None
-    with progress_bar("episodes") as progress:
-        bar = progress.add_task("measuring", total=sum(len(t) for t in sets), note="")
-        measurements = measure(sets, scorers, chosen, lambda: progress.advance(bar))
-    result = {
+    place = pick_device(device)
+    described = sets[0].model
+    result: dict[str, Any] = {
         "format": "kvenv-evaluation",
-        "version": 1,
+        "version": 2,
         **statistics.provenance(),
-        "model": sets[0].model.id,
+        "model": described.id,
+        "model_layers": described.num_layers,
+        "kv_heads": described.kv_heads,
         "traces": [t.manifest.origin for t in sets],
-        **statistics.summarise(measurements),
     }
-    print_results(result)
+    if "retention" in tasks:
+        result |= _retention(sets, scorers, chosen, place)
+        if texts:
+            result["texts"] = _token_views(sets, scorers, chosen, texts, place)
+        print_results(result)
+    if asked := [task for task in tasks if task != "retention"]:
+        language_model, tokenizer = models.load(model or described.id, dtype=dtype, device=place)
+        with progress_bar("passes") as progress:
+            bar = progress.add_task(", ".join(asked), total=None, note="")
+
+            def tick(left: int) -> None:
+                total = progress.tasks[bar].total or left
+                progress.update(bar, total=total, completed=total - left)
+
+            found = evaluate_tasks(
+                language_model,
+                tokenizer,
+                sets,
+                scorers,
+                asked,
+                budgets=budgets,
+                token_budgets=token_budgets,
+                sinks=sinks,
+                recent=recent,
+                step=step,
+                tick=tick,
+            )
+        print_tasks(found)
+        result |= found
     if json is not None:
         write_json(json, result)
+
+
+def _retention(
+    sets: list[TraceSet], scorers: dict[str, Scorer], heads: list[Head] | None, device: str
+) -> dict[str, Any]:
+    """The flat part of an evaluation: what rankings keep."""
+    from kvenv.evaluation.retention import measure
+    from kvenv.evaluation.statistics import summarise
+
+    with progress_bar("episodes") as progress:
+        bar = progress.add_task("measuring", total=sum(len(t) for t in sets), note="")
+        return summarise(measure(sets, scorers, heads, lambda: progress.advance(bar), device))
+
+
+def _token_views(
+    sets: list[TraceSet],
+    scorers: dict[str, Scorer],
+    heads: list[Head] | None,
+    count: int,
+    device: str,
+) -> list[dict[str, Any]]:
+    """Token views of the first episodes of ``count`` documents, or of all if there are fewer."""
+    from kvenv.evaluation.retention import shared_heads
+    from kvenv.evaluation.texts import token_view
+    from kvenv.recording.models import load_tokenizer
+
+    chosen = shared_heads(sets, scorers, heads)
+    tokenizer = load_tokenizer(sets[0].model.id)
+    firsts: dict[str, tuple[TraceSet, int]] = {}
+    for traces in sets:
+        for index in range(len(traces)):
+            if len(firsts) < count:
+                firsts.setdefault(traces.info(index).document, (traces, index))
+    return [
+        token_view(traces, index, scorers, tokenizer, chosen, device)
+        for traces, index in firsts.values()
+    ]

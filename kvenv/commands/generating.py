@@ -37,7 +37,7 @@ def generate(
     Args:
         prompt: the text; @FILE reads it from a file, - from standard input.
         model: smollm2-135m, gemma-3-270m, a checkpoint folder or a hub id.
-        agent: a heuristic's name or a bundle's folder.
+        agent: a heuristic's or a shipped trained agent's name, or a bundle's folder.
         budget: tokens each head may keep; below 1, a share of the prompt.
         fallback: heuristic for heads that the agent has no scorer for.
         sinks: first tokens that are always kept.

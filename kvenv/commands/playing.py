@@ -34,7 +34,7 @@ def dataset(
     Args:
         environment: rank, stream or evict.
         traces: trace sets, separated by commas; stream and evict need all queries.
-        agent: a heuristic's name or a bundle's folder.
+        agent: a heuristic's or a shipped trained agent's name, or a bundle's folder.
         episodes: how many to play.
         budget: tokens each head may keep; below 1, a share of the prompt. Without, rank averages
             over every budget, and stream and evict keep 64.

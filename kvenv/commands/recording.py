@@ -23,6 +23,7 @@ def record(
     queries: Literal["future", "all"] = "future",
     generate: Literal["greedy", "sampled"] | None = None,
     layers: list[int] | None = None,
+    stats: bool = False,
     shard_episodes: int = 4,
     dtype: str = "auto",
     device: str = "auto",
@@ -44,6 +45,8 @@ def record(
             environments need that).
         generate: let the model write the future itself (a bare --generate means greedy).
         layers: record these full-attention layers only.
+        stats: record the mean and covariance of the prompt's queries too (the agent expected needs
+            them).
         shard_episodes: episodes a file.
         dtype: the model's number format, e.g. bfloat16; auto is the checkpoint's own.
         device: cpu, cuda, ...; auto takes a GPU if there is one.
@@ -65,6 +68,7 @@ def record(
         queries=queries,
         generate=generate,
         layers=layers,
+        stats=stats,
         shard_episodes=shard_episodes,
         progress=True,
     )

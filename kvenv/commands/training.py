@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kvenv.commands.common import parse_heads, trace_sets
+from kvenv.commands.common import parse_heads, pick_device, trace_sets
 from kvenv.display import console
 from kvenv.errors import KvenvError
 
@@ -24,6 +24,7 @@ def train(
     tensorboard: Path | None = None,
     evaluate_every: int = 100,
     checkpoint_every: int = 100,
+    device: str = "auto",
 ) -> None:
     """Train an agent on recorded traces and export it as a bundle.
 
@@ -39,6 +40,7 @@ def train(
         tensorboard: folder for TensorBoard logs.
         evaluate_every: steps between measurements on held-out documents.
         checkpoint_every: steps between checkpoints.
+        device: cpu, cuda, ...; auto takes a GPU if there is one.
     """
     from kvenv.learning.run import Run
     from kvenv.scorers.bundle import NetworkScorer, is_bundle
@@ -64,6 +66,7 @@ def train(
             evaluate_every=evaluate_every,
             tensorboard=tensorboard,
             progress=True,
+            device=pick_device(device),
         ),
     )
     seconds = time.monotonic() - began

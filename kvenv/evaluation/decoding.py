@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase,
 
 from kvenv.cache import EvictionCache
 from kvenv.errors import KvenvError
+from kvenv.evaluation import metrics
 from kvenv.identity import fingerprint
-from kvenv.recording import models, ruler
+from kvenv.recording import models
 from kvenv.scorers.base import Scorer
 from kvenv.trace import TraceSet
 
@@ -28,21 +29,19 @@ class Task:
         cut: the first ``cut`` tokens are evicted from before the rest is seen (question-agnostic
             prompting); 0 shows the whole prompt at once.
         note: one line for the reader.
-        answers: strings that a right answer holds; empty if there is nothing to judge.
-        kind: the RULER task's name, which says how to judge.
+        facts: the episode's metadata; answers among them are judged by `metrics.score`.
     """
 
     tokens: torch.Tensor
     cut: int = 0
     note: str = ""
-    answers: Sequence[str] = ()
-    kind: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     def judge(self, text: str) -> str:
         """How much of the expected answer a text holds, in words."""
-        if not self.answers:
+        if not self.facts.get("answers"):
             return "-"
-        return f"{ruler.score(list(self.answers), text, self.kind):.0%} right"
+        return f"{metrics.score(self.facts, text):.0%} right"
 
 
 @dataclass(frozen=True)
@@ -133,13 +132,12 @@ def from_episode(
     if agnostic:
         question = int(facts["question_tokens"])
         ids += traces.tokens(index)[info.n : info.n + question].tolist()
-    answers = tuple(str(answer) for answer in facts.get("answers", ()))
     note = f"{traces.manifest.workload} episode {index}, {len(ids)} prompt tokens"
     if "question" in facts:
         note += f"; question: {facts['question']}"
-    if answers:
-        note += f"; expected: {', '.join(answers)}"
-    return Task(torch.tensor([ids]), cut, note, answers, str(facts.get("task", "")))
+    if answers := facts.get("answers"):
+        note += f"; expected: {', '.join(map(str, answers))}"
+    return Task(torch.tensor([ids]), cut, note, dict(facts))
 
 
 def decode(

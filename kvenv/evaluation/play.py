@@ -90,11 +90,7 @@ class ScorerPolicy:
             scores = np.empty(now + 1)
             scores[held] = self._score(held, self._future[now, held] if scorer.needs else None)
         places = batch.positions[0, slots]
-        worth = scores[places]
-        if scorer.age_term is not None:
-            layer, head = batch.source.heads[batch.head[0]]
-            age = torch.from_numpy(now - places).expand(1, self._data["keys"].shape[1], -1)
-            worth = worth + scorer.age_term(layer, age)[0, head].double().numpy()
+        worth = self._aged(scores[places], now - places)
         tied = worth == worth.min()
         return int(slots[np.where(tied, places, -1).argmax()])
 
@@ -108,7 +104,7 @@ class ScorerPolicy:
         self._data = layer_inputs(traces, index, layer, needs, length)
         every = np.arange(self._data["keys"].shape[2])
         if not self._slots:
-            self._scores = _spread(self._score(every, None))
+            self._scores = _spread(self._aged(self._score(every, None), every[::-1]))
             return
         utility = None
         if scorer.needs:
@@ -137,6 +133,16 @@ class ScorerPolicy:
                 "does not know that head, or its score() is broken"
             )
         return scores.double().numpy()
+
+    def _aged(self, scores: np.ndarray, ages: np.ndarray) -> np.ndarray:
+        """Scores (m,) with what the scorer adds to tokens of these ages, in a cache's float32."""
+        if self._scorer.age_term is None:
+            return scores
+        layer, head = self._batch.source.heads[self._batch.head[0]]
+        given = torch.from_numpy(ages.copy()).expand(1, self._data["keys"].shape[1], -1)
+        with torch.no_grad():
+            added = self._scorer.age_term(layer, given)[0, head]
+        return scores.astype(np.float32) + added.numpy()
 
 
 def _spread(scores: np.ndarray) -> np.ndarray:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -33,10 +33,19 @@ class HeadBatch:
     utility: torch.Tensor
 
 
-def read_heads(traces: TraceSet, index: int, heads: Sequence[Head]) -> HeadBatch:
-    """Read the prompt of one episode for some heads; only their layers are read."""
+def read_heads(
+    traces: TraceSet, index: int, heads: Sequence[Head], dtype: type[np.floating] = np.float32
+) -> HeadBatch:
+    """Read the prompt of one episode for some heads; only their layers are read.
+
+    Args:
+        traces: where the episode is.
+        index: which one.
+        heads: the H heads, in the order of the rows.
+        dtype: of keys and values: float32, or float16 as they are stored.
+    """
     n, d = traces.info(index).n, traces.model.head_dim
-    keys, values = (np.empty((len(heads), n, d), np.float32) for _ in range(2))
+    keys, values = (np.empty((len(heads), n, d), dtype) for _ in range(2))
     utility = np.empty((len(heads), n), np.float32)
     by_layer: dict[int, list[int]] = {}
     for row, (layer, _) in enumerate(heads):
@@ -52,19 +61,55 @@ def read_heads(traces: TraceSet, index: int, heads: Sequence[Head]) -> HeadBatch
     )
 
 
-def stream(
-    traces: Sequence[TraceSet], order: Iterable[Index], heads: Sequence[Head]
-) -> Iterator[HeadBatch]:
-    """Episodes in the given order, each read in the background while the last one is used."""
-    with ThreadPoolExecutor(1) as reader:
-        ahead = None
-        for where, index in order:
-            following = reader.submit(read_heads, traces[where], index, heads)
+class Reader:
+    """Reads episodes for some heads, one ahead of what is in use.
+
+    On a CPU every episode is read from disk each time, so that memory stays bounded. On a GPU,
+    which is done with an episode long before a disk has the next, episodes stay in its memory
+    (keys and values as float16) while a quarter of it is free.
+
+    Args:
+        traces: the sets.
+        heads: the heads, in the order of the rows.
+        device: where the batches go.
+    """
+
+    def __init__(
+        self, traces: Sequence[TraceSet], heads: Sequence[Head], device: torch.device | str = "cpu"
+    ) -> None:
+        self._traces, self._heads, self._device = traces, heads, torch.device(device)
+        self._kept: dict[Index, HeadBatch] = {}
+
+    def stream(self, order: Iterable[Index]) -> Iterator[HeadBatch]:
+        """Episodes in the given order."""
+        with ThreadPoolExecutor(1) as pool:
+            ahead = None
+            for index in order:
+                following = self._kept.get(index) or pool.submit(self._read, index)
+                if ahead is not None:
+                    yield self._take(ahead)
+                ahead = following
             if ahead is not None:
-                yield ahead.result()
-            ahead = following
-        if ahead is not None:
-            yield ahead.result()
+                yield self._take(ahead)
+
+    def _read(self, index: Index) -> HeadBatch:
+        where, episode = index
+        if self._device.type == "cpu":
+            return read_heads(self._traces[where], episode, self._heads)
+        batch = read_heads(self._traces[where], episode, self._heads, np.float16)
+        batch = HeadBatch(*(getattr(batch, f.name).to(self._device) for f in fields(batch)))
+        if self._roomy():
+            self._kept[index] = batch
+        return batch
+
+    def _take(self, ahead: HeadBatch | Future[HeadBatch]) -> HeadBatch:
+        return ahead if isinstance(ahead, HeadBatch) else ahead.result()
+
+    def _roomy(self) -> bool:
+        if self._device.type != "cuda":
+            return False
+        free, total = torch.cuda.mem_get_info(self._device)
+        return free > total / 4
 
 
 def choose_heads(traces: Sequence[TraceSet], heads: Sequence[Head] | None) -> list[Head]:

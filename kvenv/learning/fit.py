@@ -18,11 +18,11 @@ from kvenv.errors import KvenvError
 from kvenv.learning.episodes import (
     HeadBatch,
     Index,
+    Reader,
     choose_heads,
     deviation,
     hold_out,
     moments,
-    stream,
 )
 from kvenv.learning.run import Run, load_checkpoint, save_checkpoint
 from kvenv.scorers.base import Head
@@ -30,8 +30,8 @@ from kvenv.scorers.bundle import NetworkScorer
 from kvenv.scorers.network import Architecture, PerHeadMLP
 from kvenv.trace import TraceSet, same_model
 
-Objective = Callable[[torch.Tensor, torch.Tensor, torch.Generator], torch.Tensor]
-"""(scores (H, n), utility (H, n), noise) -> gradient of the loss in the scores, (H, n)."""
+Objective = Callable[[torch.Tensor, torch.Tensor, torch.Generator, int], torch.Tensor]
+"""(scores (H, n), utility (H, n), noise, step) -> gradient of the loss in the scores, (H, n)."""
 
 
 @dataclass(frozen=True)
@@ -92,20 +92,25 @@ def fit(
         architecture: of the networks.
         optimisation: of the loop.
         options: the agent's options, kept as provenance and checked on resuming.
-        run: checkpoints, logs, progress and held-out documents.
+        run: checkpoints, logs, progress, held-out documents and the device.
+
+    Returns:
+        The scorer, whose ``training["curve"]`` has the held-out figures by steps, and the seconds
+        of training until each, without those that measuring took.
 
     Raises:
         KvenvError: on sets of different models, heads not recorded, or a checkpoint of another
             run.
     """
     run = run or Run()
+    device = torch.device(run.device)
     same_model([*traces, *run.validation])
     chosen = choose_heads(traces, heads)
     episodes, held_sets, held = hold_out(traces, run.validation, chosen)
     model = traces[0].model
     network = architecture.build(
         chosen, model.head_dim, torch.Generator().manual_seed(optimisation.seed)
-    )
+    ).to(device)
     optimiser = torch.optim.AdamW(network.parameters(), weight_decay=optimisation.weight_decay)
     identity = {
         "agent": agent,
@@ -117,9 +122,11 @@ def fit(
         "model": model.fingerprint,
     }
     identity = json.loads(json.dumps(identity))  # as a checkpoint will give it back
-    start, spent = _resume(run, network, optimiser, identity)
+    start, spent, curve = _resume(run, network, optimiser, identity)
+    read = Reader(traces, chosen, device)
+    read_held = Reader(held_sets, chosen, device)
     if start == 0:
-        mean, square = moments(_features(e, architecture) for e in stream(traces, episodes, chosen))
+        mean, square = moments(_features(e, architecture) for e in read.stream(episodes))
         network.mean.copy_(mean)
         network.std.copy_(deviation(mean, square))
 
@@ -127,34 +134,39 @@ def fit(
     measured: dict[str, float] = {}
     began = time.monotonic() - spent
     steps, batch = optimisation.steps, optimisation.batch
-    data = stream(traces, _order(episodes, optimisation.seed, start * batch, steps * batch), chosen)
+    data = read.stream(_order(episodes, optimisation.seed, start * batch, steps * batch))
     with progress_bar("steps", run.progress) as progress:
         bar = progress.add_task(agent, total=steps, completed=start, note="")
         for step in range(start, steps):
             for group in optimiser.param_groups:
                 group["lr"] = optimisation.rate(step)
             optimiser.zero_grad(set_to_none=True)
-            noise = torch.Generator().manual_seed(optimisation.seed * 1_000_003 + step)
+            noise = torch.Generator(device).manual_seed(optimisation.seed * 1_000_003 + step)
             for _ in range(batch):
                 episode = next(data)
-                scores = network(_features(episode, architecture))
-                scores.backward(objective(scores.detach(), episode.utility, noise) / batch)
+                scores = _scores(network, architecture, episode)
+                gradient = objective(scores.detach(), episode.utility, noise, step)
+                scores.backward(gradient.to(scores.dtype) / batch)
             optimiser.step()
             done = step + 1
             if held and (done % run.evaluate_every == 0 or done == steps):
-                measured = evaluate(network, architecture, stream(held_sets, held, chosen))
+                seconds = _seconds(began, device)
+                measured = evaluate(network, architecture, read_held.stream(held))
                 closure, free = measured["closure"], measured["sink_free"]
+                curve.append({"step": done, "seconds": round(seconds, 4), **measured})
                 note = f"closure {closure:.3f} sink-free {free:.3f}"
                 progress.update(bar, note=note)
                 if logger is not None:
                     for name, value in measured.items():
                         logger.record(f"held_out/{name}", value)
                     logger.record("train/lr", optimisation.rate(step))
-                    logger.record("time/seconds", time.monotonic() - began)
+                    logger.record("time/seconds", seconds)
                     logger.dump(done)
+                began = time.monotonic() - seconds  # measuring is no training
             progress.update(bar, completed=done)
             if run.checkpoint is not None and done % run.checkpoint_every == 0 and done < steps:
-                _checkpoint(run, network, optimiser, identity, done, time.monotonic() - began)
+                passed = {"step": done, "seconds": _seconds(began, device), "curve": curve}
+                _checkpoint(run, network, optimiser, {**identity, **passed})
     if logger is not None:
         logger.close()
 
@@ -165,9 +177,10 @@ def fit(
         "episodes": len(episodes),
         "held_out_episodes": len(held),
         "traces": [t.manifest.origin for t in traces],
-        "seconds": round(time.monotonic() - began, 1),
+        "seconds": round(_seconds(began, device), 1),
+        "curve": curve,
     }
-    return NetworkScorer(network, architecture, model, training, measured)
+    return NetworkScorer(network.cpu(), architecture, model, training, measured)
 
 
 def evaluate(
@@ -182,7 +195,7 @@ def evaluate(
                     f"a held-out episode has {episode.utility.shape[-1]} prompt tokens: sink-free "
                     f"figures need more than {ut.SINKS}, record longer prompts"
                 )
-            scores = network(_features(episode, architecture))
+            scores = _scores(network, architecture, episode)
             full.append(ut.closure(episode.utility, scores).mean())
             free.append(
                 ut.closure(ut.without_sinks(episode.utility), ut.without_sinks(scores)).mean()
@@ -197,6 +210,14 @@ def _features(episode: HeadBatch, architecture: Architecture) -> torch.Tensor:
     return architecture.read(episode.keys, episode.values, episode.positions)
 
 
+def _scores(network: PerHeadMLP, architecture: Architecture, episode: HeadBatch) -> torch.Tensor:
+    """Scores (H, n) at the prompt's end, where a token's age counts from the last one."""
+    x = _features(episode, architecture)
+    if not architecture.age:
+        return network(x)
+    return network(x, episode.positions.shape[-1] - 1 - episode.positions)
+
+
 def _order(episodes: Sequence[Index], seed: int, start: int, stop: int) -> Iterator[Index]:
     """Positions start..stop-1 of an endless walk: every pass visits all episodes in a new order."""
     order: np.ndarray = np.empty(0, int)
@@ -208,30 +229,32 @@ def _order(episodes: Sequence[Index], seed: int, start: int, stop: int) -> Itera
         yield episodes[order[position % len(episodes)]]
 
 
+def _seconds(began: float, device: torch.device) -> float:
+    """Time since then, with all that the device was given to do done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.monotonic() - began
+
+
 def _checkpoint(
-    run: Run,
-    network: PerHeadMLP,
-    optimiser: torch.optim.Optimizer,
-    identity: Mapping[str, Any],
-    step: int,
-    seconds: float,
+    run: Run, network: PerHeadMLP, optimiser: torch.optim.Optimizer, state: Mapping[str, Any]
 ) -> None:
     tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
-    for index, state in optimiser.state_dict()["state"].items():
+    for index, values in optimiser.state_dict()["state"].items():
         tensors |= {
-            f"optimiser.{index}.{name}": torch.as_tensor(value) for name, value in state.items()
+            f"optimiser.{index}.{name}": torch.as_tensor(value) for name, value in values.items()
         }
     if run.checkpoint is not None:
-        save_checkpoint(run.checkpoint, tensors, {**identity, "step": step, "seconds": seconds})
+        save_checkpoint(run.checkpoint, tensors, state)
 
 
 def _resume(
     run: Run, network: PerHeadMLP, optimiser: torch.optim.Optimizer, identity: Mapping[str, Any]
-) -> tuple[int, float]:
-    """Load the checkpoint, if there is one to go on from: its step and seconds spent."""
+) -> tuple[int, float, list[dict[str, float]]]:
+    """Load the checkpoint, if there is one to go on from: its step, seconds spent and curve."""
     found = load_checkpoint(run.checkpoint) if run.checkpoint is not None else None
     if found is None:
-        return 0, 0.0
+        return 0, 0.0, []
     tensors, state = found
     if not run.resume:
         raise KvenvError(
@@ -258,4 +281,4 @@ def _resume(
             _, index, name = key.split(".")
             moments.setdefault(int(index), {})[name] = tensor
     optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
-    return int(state["step"]), float(state["seconds"])
+    return int(state["step"]), float(state["seconds"]), state["curve"]

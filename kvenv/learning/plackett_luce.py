@@ -4,6 +4,11 @@ A Plackett-Luce policy with scores s draws a ranking by taking tokens one after 
 probability exp(s_i) / (sum of exp(s) over the tokens still left). Adding Gumbel noise to the
 scores and sorting draws one ranking at the cost of a sort (Gumbel top-k; Kool et al. 2019,
 arXiv 1903.06059).
+
+Averaged over every budget, a ranking's reward is linear in the ranks: a token of mass m at rank k
+is in the caches of the budgets k..n and adds m (n - k + 1) / n. Under Plackett-Luce a token comes
+before another with probability sigmoid(s_i - s_j), so the expected rank is 1 + sum over j != i of
+sigmoid(s_j - s_i), and with it the expected reward and its gradient have a closed form.
 """
 
 from __future__ import annotations
@@ -14,7 +19,12 @@ import torch
 
 from kvenv.errors import KvenvError
 
-Credit = Literal["reward_to_go", "plain"]
+Credit = Literal["expected", "reward_to_go", "plain"]
+
+PARTNERS = 2048
+"""Tokens that each token of a longer prompt is compared with in `expected_gradient`."""
+_PAIRS = 2**20, 2**27
+"""Pairs of tokens held at once, on a CPU (they stay in its cache) and on a GPU."""
 
 
 def sample_rankings(scores: torch.Tensor, samples: int, generator: torch.Generator) -> torch.Tensor:
@@ -52,6 +62,66 @@ def log_probabilities(scores: torch.Tensor, order: torch.Tensor) -> torch.Tensor
     return picked - left
 
 
+def expected_reward(scores: torch.Tensor, utility: torch.Tensor) -> torch.Tensor:
+    """The mean reward, over all budgets, of the rankings that a Plackett-Luce policy draws.
+
+    E[R] = sum over i of m_i (1 - (1 / n) sum over j != i of sigmoid(s_j - s_i)), with m the utility
+    divided by its sum. Differentiable; O(n^2) memory.
+
+    Args:
+        scores: (..., n).
+        utility: (..., n), non-negative.
+
+    Returns:
+        (...).
+    """
+    n = scores.shape[-1]
+    mass = (utility / utility.sum(-1, keepdim=True).clamp_min(1e-30)).to(scores.dtype)
+    before = torch.sigmoid(scores.unsqueeze(-2) - scores.unsqueeze(-1)).sum(-1) - 0.5  # not itself
+    return (mass * (1 - before / n)).sum(-1)
+
+
+def expected_gradient(
+    scores: torch.Tensor, utility: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """The gradient of minus `expected_reward`, without autograd and without sampled rankings.
+
+    With D_ij = sigmoid'(s_i - s_j) = (e^((s_i - s_j) / 2) + e^((s_j - s_i) / 2))^-2 the gradient of
+    E[R] in s_i is (1 / n) sum over j of (m_i - m_j) D_ij. Prompts of more than `PARTNERS` tokens
+    compare each with as many others, drawn anew each time (unbiased).
+
+    Args:
+        scores: (..., n).
+        utility: (..., n), non-negative.
+        generator: the source of the partners drawn.
+
+    Returns:
+        (..., n), to be handed to ``scores.backward(gradient)``.
+    """
+    with torch.no_grad():
+        n = scores.shape[-1]
+        mass = utility / utility.sum(-1, keepdim=True).clamp_min(1e-30)
+        mass = mass.to(scores.dtype).reshape(-1, n)
+        flat = scores.reshape(-1, n)
+        middle = (flat.amax(-1, keepdim=True) + flat.amin(-1, keepdim=True)) / 2
+        half = ((flat - middle) / 2).clamp(-40, 40)  # beyond, exp would leave float32
+        up, down = half.exp(), (-half).exp()
+        others = torch.arange(n, device=flat.device)
+        if n > PARTNERS:
+            others = torch.randperm(n, generator=generator, device=flat.device)[:PARTNERS]
+        weights = torch.stack([torch.ones_like(mass), mass], -1)[:, others]
+        gradient = torch.empty_like(flat)
+        rows = max(1, _PAIRS[flat.is_cuda] // (n * len(others)))
+        for start in range(0, len(flat), rows):
+            part = slice(start, start + rows)
+            left = torch.stack([up[part], down[part]], -1)
+            right = torch.stack([down[part][:, others], up[part][:, others]], -2)
+            pairs = torch.bmm(left, right).square_().reciprocal_()
+            sums = torch.bmm(pairs, weights[part])
+            gradient[part] = sums[..., 1] - mass[part] * sums[..., 0]
+        return (gradient / len(others)).view(scores.shape)
+
+
 def advantages(curves: torch.Tensor, credit: Credit) -> torch.Tensor:
     """Leave-one-out advantages of each choice of each sampled ranking.
 
@@ -81,7 +151,10 @@ def policy_gradient(
     credit: Credit,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """REINFORCE with the leave-one-out baseline: the gradient of minus the expected reward.
+    """The gradient of minus the expected reward, in closed form or by sampled rankings.
+
+    `expected_gradient` for the credit ``expected``; for the others REINFORCE with the leave-one-out
+    baseline:
 
     The gradient of sum over j of adv_j * log p_j with respect to the score of the token at rank k
     is adv_k - exp(s_(k)) * (sum over j <= k of adv_j / Z_j), Z_j = sum over m >= j of exp(s_(m)):
@@ -90,8 +163,8 @@ def policy_gradient(
     Args:
         scores: (..., n).
         utility: (..., n), non-negative.
-        samples: K >= 2.
-        credit: see `advantages`.
+        samples: K >= 2; of no use to the credit ``expected``.
+        credit: ``expected``, or see `advantages`.
         generator: the source of noise.
 
     Returns:
@@ -100,6 +173,8 @@ def policy_gradient(
     Raises:
         KvenvError: on fewer than two rankings.
     """
+    if credit == "expected":
+        return expected_gradient(scores, utility, generator)
     if samples < 2:
         raise KvenvError(f"samples is {samples}: the leave-one-out baseline needs at least 2")
     with torch.no_grad():

@@ -35,6 +35,8 @@ class Run:
         evaluate_every: steps between measurements of held-out closure.
         tensorboard: folder for TensorBoard logs; None writes none.
         progress: show a progress bar.
+        device: what agents that train networks of their own compute on; stable-baselines3's
+            choose for themselves.
     """
 
     checkpoint: Path | None = None
@@ -44,6 +46,7 @@ class Run:
     evaluate_every: int = 100
     tensorboard: Path | None = None
     progress: bool = False
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         for name in ("checkpoint_every", "evaluate_every"):

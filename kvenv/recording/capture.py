@@ -21,6 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 from kvenv.errors import KvenvError
 from kvenv.identity import full_attention_layers
+from kvenv.recording.query_stats import QueryStats
 
 NAME = "kvenv_capture"
 BLOCK = 128
@@ -39,6 +40,9 @@ class Capture:
         queries: layer -> (H_q, Q, d) float16 on the CPU, scaled so that the attention logits are
             q . k / sqrt(d) whatever the model's own factor is.
         utility_sum, utility_max, past_sum: layer -> (H_kv, n) float32 on the CPU.
+        stats: measures the prompt's queries, if that is wanted.
+        query_mean, query_cov: layer -> (H_q, d) and (H_q, d, d) float32 on the CPU, scaled as the
+            queries are; empty without ``stats``.
     """
 
     n: int
@@ -50,6 +54,9 @@ class Capture:
     utility_sum: dict[int, np.ndarray] = field(default_factory=dict)
     utility_max: dict[int, np.ndarray] = field(default_factory=dict)
     past_sum: dict[int, np.ndarray] = field(default_factory=dict)
+    stats: QueryStats | None = None
+    query_mean: dict[int, np.ndarray] = field(default_factory=dict)
+    query_cov: dict[int, np.ndarray] = field(default_factory=dict)
 
     def stack(self, name: str) -> np.ndarray:
         """One quantity for all recorded layers, (L, ...)."""
@@ -124,6 +131,7 @@ def _attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,  # in sdpa's place: kvpress, once imported, passes it by position
     scaling: float | None = None,
     kvenv_capture: Capture | None = None,
     **kwargs: Any,
@@ -137,18 +145,23 @@ def _attention(
         )
     if kvenv_capture is None or layer not in kvenv_capture.layers:
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+            module, query, key, value, attention_mask, dropout, scaling=scaling, **kwargs
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     kept, n = kvenv_capture, kvenv_capture.n
     output, past, total, largest = blockwise_attention(query[0], key[0], value[0], n, scale)
     kept.keys[layer] = _float16(key[0], layer, "keys")
     kept.values[layer] = _float16(value[0], layer, "values")
-    queries = query[0, :, kept.query_from :] * (scale * query.shape[-1] ** 0.5)
+    factor = scale * query.shape[-1] ** 0.5
+    queries = query[0, :, kept.query_from :] * factor
     kept.queries[layer] = _float16(queries, layer, "queries")
     kept.past_sum[layer] = past.cpu().numpy()
     kept.utility_sum[layer] = total.cpu().numpy()
     kept.utility_max[layer] = largest.cpu().numpy()
+    if kept.stats is not None:
+        mean, covariance = kept.stats.measure(module, layer, query[0])
+        kept.query_mean[layer] = (mean * factor).cpu().numpy()
+        kept.query_cov[layer] = (covariance * factor**2).cpu().numpy()
     return output.unsqueeze(0), None
 
 
@@ -188,6 +201,7 @@ def capture(
     layers: tuple[int, ...] | None = None,
     query_window: int | None = 64,
     logits_to_keep: int = 1,
+    stats: bool = False,
 ) -> tuple[Capture, torch.Tensor]:
     """Run the model once over an episode and keep what eviction needs to know.
 
@@ -199,12 +213,14 @@ def capture(
         query_window: how many of the prompt's last queries to keep beside the future's; None
             keeps every query.
         logits_to_keep: for how many of the last positions logits are computed (0: all).
+        stats: measure the prompt's queries too (`QueryStats`).
 
     Returns:
         The capture, and the logits (1, logits_to_keep or S, vocabulary).
 
     Raises:
-        KvenvError: on a prompt or future of no tokens, or values beyond float16.
+        KvenvError: on a prompt or future of no tokens, values beyond float16, or query statistics
+            that the model or so short a prompt does not have.
     """
     length = int(tokens.shape[0])
     if not 1 <= n < length:
@@ -215,6 +231,7 @@ def capture(
         n=n,
         layers=tuple(full_attention_layers(model.config)) if layers is None else layers,
         query_from=0 if query_window is None else max(0, n - query_window),
+        stats=QueryStats(model, length, n) if stats else None,
     )
     with torch.inference_mode(), attention_of(model, NAME):
         ids = tokens.to(model.device).unsqueeze(0)

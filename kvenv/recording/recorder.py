@@ -45,6 +45,7 @@ def record(
     queries: Literal["future", "all"] = "future",
     generate: Generate | None = None,
     layers: Sequence[int] | None = None,
+    stats: bool = False,
     shard_episodes: int = 4,
     progress: bool = False,
 ) -> TraceSet:
@@ -65,6 +66,7 @@ def record(
             one, which the sequential environments need.
         generate: replace the workload's future by the model's own continuation.
         layers: full-attention layers to record; None means all of them.
+        stats: record what the prompt's queries tell of later ones too, for the agent expected.
         shard_episodes: episodes a file; an interruption loses at most the file in hand.
         progress: show a progress bar.
 
@@ -102,6 +104,7 @@ def record(
         seed=seed,
         episodes=episodes,
         queries=queries,
+        stats=stats,
         libraries={
             "kvenv": kvenv.__version__,
             "torch": version("torch"),
@@ -128,7 +131,7 @@ def record(
             _check(sample, prompt_tokens, future_tokens, model, generate)
             if generate is not None:
                 sample = continued(model, tokenizer, sample, future_tokens, generate, seed, index)
-            behind.add(episode(model, sample, info.layers, queries, seed))
+            behind.add(episode(model, sample, info.layers, queries, seed, stats))
             tokens += len(sample.prompt) + len(sample.future)
             rate = tokens / max(bar.tasks[task].elapsed or 0.0, 1e-3)
             bar.update(task, completed=index + 1, note=f"{rate:,.0f} tokens/s")
@@ -194,12 +197,13 @@ def episode(
     layers: tuple[int, ...],
     queries: Literal["future", "all"],
     seed: int,
+    stats: bool = False,
 ) -> EpisodeArrays:
     """Run the model over one sample and gather what a trace keeps of it."""
     n = len(sample.prompt)
     tokens = torch.tensor([*sample.prompt, *sample.future])
     window = None if queries == "all" else QUERY_WINDOW
-    kept, _ = capture(model, tokens, n, layers=layers, query_window=window)
+    kept, _ = capture(model, tokens, n, layers=layers, query_window=window, stats=stats)
     return EpisodeArrays(
         tokens=tokens.numpy().astype(np.int32),
         keys=kept.stack("keys"),
@@ -213,6 +217,8 @@ def episode(
         document=sample.document,
         metadata=dict(sample.metadata),
         seed=seed,
+        query_mean=kept.stack("query_mean") if stats else None,
+        query_cov=kept.stack("query_cov") if stats else None,
     )
 
 

@@ -10,7 +10,7 @@ import torch
 Head = tuple[int, int]
 """(layer, KV head), in the model's own layer numbers."""
 
-NEEDS = frozenset({"queries", "past_attention", "utility"})
+NEEDS = frozenset({"queries", "past_attention", "query_mean", "query_cov", "utility"})
 """What a scorer may ask for beyond keys, values and positions (utility: offline only)."""
 
 
@@ -20,9 +20,12 @@ class Scorer(Protocol):
 
     Attributes:
         needs: what `score` wants beyond keys, values and positions, a subset of `NEEDS`:
-            ``queries`` (B, Hq, Q, d) the last prompt queries; ``past_attention`` (B, H, n) the
-            attention each token got from the prompt; ``utility`` (B, H, n) the future attention,
-            known only in recorded traces.
+            ``queries`` (B, Hq, Q, d) the last prompt queries, scaled so that logits are
+            q . k / sqrt(d); ``past_attention`` (B, H, n) the attention each token got from the
+            prompt, summed over its queries and the group's query heads; ``query_mean`` (B, Hq, d)
+            and ``query_cov`` (B, Hq, d, d) what is expected of the queries to come, see
+            `kvenv.recording.query_stats`; ``utility`` (B, H, n) the future attention, known only
+            in recorded traces.
         pointwise: True if a token's score depends on its own key, value and position alone. It is
             then fixed when the token arrives, and streaming eviction is exact at O(budget) a
             step; otherwise a cache scores its slots anew at every step.

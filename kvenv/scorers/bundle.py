@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from kvenv import identity
 from kvenv.errors import KvenvError
+from kvenv.scorers import storage
 from kvenv.scorers.base import Head, Pointwise
-from kvenv.scorers.network import Architecture, PerHeadMLP
+from kvenv.scorers.network import Architecture, PerHeadMLP, age_term
+from kvenv.scorers.storage import is_bundle
 from kvenv.trace import ModelInfo
 from kvenv.trace.schema import to_json
-
-FORMAT, VERSION = "kvenv-scorer", 1
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 @dataclass(repr=False)
@@ -35,6 +30,10 @@ class NetworkScorer(Pointwise):
         model: the model whose traces it was trained on.
         training: provenance: agent, its options, trace sets, steps, seconds.
         metrics: what it reached on held-out documents.
+        card: its model card (see `kvenv.scorers.card`), saved and loaded as README.md.
+
+    Raises:
+        KvenvError: if the networks are not of the architecture, or their heads not the model's.
     """
 
     network: PerHeadMLP
@@ -42,11 +41,20 @@ class NetworkScorer(Pointwise):
     model: ModelInfo
     training: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    card: str | None = None
 
     def __post_init__(self) -> None:
+        if (self.network.age is not None) != self.architecture.age:
+            raise KvenvError(
+                f"the architecture says age={self.architecture.age} and the networks differ: build "
+                "them with Architecture.build"
+            )
+        _check_heads(self.network.heads, self.model)
         self.network.requires_grad_(False).eval()
         self.heads: frozenset[Head] | None = frozenset(self.network.heads)
-        self._layers: dict[int, tuple[PerHeadMLP, list[int]]] = {}
+        self.pointwise = self.architecture.pointwise
+        self.age_term = self._age_term if self.architecture.age else None
+        self._layers: dict[tuple[int, torch.device], _Layer] = {}
 
     def __repr__(self) -> str:
         agent = self.training.get("agent", "?")
@@ -60,31 +68,39 @@ class NetworkScorer(Pointwise):
         positions: torch.Tensor,
         **needs: torch.Tensor,
     ) -> torch.Tensor:
-        """Scores (B, H, n) float32 of a layer's tokens; see `kvenv.scorers.base.Scorer.score`."""
-        batch, heads, n, _ = keys.shape
-        if all(layer != at for at, _ in self.network.heads):
-            return keys.new_full((batch, heads, n), torch.nan, dtype=torch.float32)
-        network, rows = self._layer(layer, keys.device)
-        x = self.architecture.read(keys[:, rows], values[:, rows], positions[:, rows])
-        scores = network(x.transpose(0, 1).reshape(len(rows), batch * n, -1))
-        scores = scores.view(len(rows), batch, n).transpose(0, 1)
-        if len(rows) == heads:
-            return scores.contiguous()
-        full = scores.new_full((batch, heads, n), torch.nan)
-        full[:, rows] = scores
-        return full
+        """Scores (B, H, n) float32 of a layer's tokens; see `kvenv.scorers.base.Scorer.score`.
 
-    def _layer(self, layer: int, device: torch.device) -> tuple[PerHeadMLP, list[int]]:
-        """The networks of one layer, on a device, and the KV heads they belong to."""
-        if layer not in self._layers:
-            rows = [i for i, head in enumerate(self.network.heads) if head[0] == layer]
-            heads = [self.network.heads[i] for i in rows]
-            part = self.architecture.build(heads, self.model.head_dim)
+        What it learned of a token's age is not in them: that changes, and is `age_term`'s.
+        """
+        batch, _, n, _ = keys.shape
+        own = self._layer(layer, keys.device)
+        if own is None:
+            return keys.new_full(keys.shape[:3], torch.nan, dtype=torch.float32)
+        x = self.architecture.read(*(own.take(part) for part in (keys, values, positions)))
+        scores = own.network(x.transpose(0, 1).reshape(len(own.rows), batch * n, -1))
+        return own.spread(scores.view(-1, batch, n).transpose(0, 1), keys.shape[1], torch.nan)
+
+    def _age_term(self, layer: int, age: torch.Tensor) -> torch.Tensor:
+        """What the heads learned of ages (B, H, n), float32; 0 for heads that it does not know."""
+        own = self._layer(layer, age.device)
+        if own is None or own.network.age is None:
+            return age.new_zeros(age.shape, dtype=torch.float32)
+        return own.spread(age_term(own.network.age, own.take(age)), age.shape[1], 0.0)
+
+    def _layer(self, layer: int, device: torch.device) -> _Layer | None:
+        """The networks of one layer on a device, if there are any."""
+        if (layer, device) not in self._layers:
+            heads = self.network.heads
+            rows = [heads.index(head) for head in sorted(heads) if head[0] == layer]
+            if not rows:
+                return None
+            part = self.architecture.build([heads[i] for i in rows], self.model.head_dim)
             state = {name: tensor[rows] for name, tensor in self.network.state_dict().items()}
             part.load_state_dict(state)
-            self._layers[layer] = (part.requires_grad_(False), [head[1] for head in heads])
-        network, rows = self._layers[layer]
-        return network.to(device), rows
+            index = torch.tensor([heads[i][1] for i in rows], device=device)
+            part = part.requires_grad_(False).to(device)
+            self._layers[layer, device] = _Layer(part, index)
+        return self._layers[layer, device]
 
     def check_model(self, model: Any) -> None:
         """Refuse another model than the one it was trained on.
@@ -111,19 +127,24 @@ class NetworkScorer(Pointwise):
                 f"train one on traces of {other}, or load {self.model.id}"
             )
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the bundle, whole or not at all; an existing bundle is replaced.
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write the bundle, whole or not at all; an existing bundle is replaced, its card too.
+
+        Args:
+            folder: where.
+            dtype: of the stored weights: float32, or float16 or bfloat16 for half the bytes.
+                Loading gives float32 back; the inputs' normalisation is float32 in the file too.
 
         Raises:
-            KvenvError: if the folder holds something else or cannot be written, or if `training`
-                or `metrics` are not JSON-safe.
+            KvenvError: if the folder holds something else or cannot be written, if a weight is no
+                number in that dtype, or if `training` or `metrics` are not JSON-safe.
         """
         folder = Path(folder)
         if folder.exists() and not is_bundle(folder):
             raise KvenvError(f"{str(folder)!r} exists and is not a bundle: choose another --out")
         config = {
-            "format": FORMAT,
-            "version": VERSION,
+            "format": storage.FORMAT,
+            "version": storage.version_for(self.architecture),
             "architecture": asdict(self.architecture),
             "model": asdict(self.model),
             "heads": self.network.heads,
@@ -133,41 +154,27 @@ class NetworkScorer(Pointwise):
         for part in ("training", "metrics"):
             for key, value in config[part].items():
                 to_json({key: value}, f"{part} {key!r} of a scorer")
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        except OSError as error:
-            raise _unwritable(folder, error) from error
-        try:
-            state = {k: v.contiguous() for k, v in self.network.state_dict().items()}
-            save_file(state, scratch / WEIGHTS, metadata={"format": "pt"})
-            (scratch / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            scratch.chmod(0o755)
-            if folder.exists():
-                _replace(folder, scratch)
-            else:
-                scratch.rename(folder)
-        except (OSError, SafetensorError) as error:
-            raise _unwritable(folder, error) from error
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        storage.write_bundle(folder, config, storage.stored(self.network, dtype), self.card)
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Upload the bundle to the Hugging Face hub; returns the commit's address.
+    def push_to_hub(self, repo_id: str, dtype: torch.dtype = torch.float32, **kwargs: Any) -> str:
+        """Upload the bundle, its card included, to the Hugging Face hub.
 
         Args:
             repo_id: "user/name"; created if it does not exist.
+            dtype: of the stored weights, as for `save_pretrained`.
             **kwargs: passed to ``huggingface_hub.HfApi.upload_folder``.
+
+        Returns:
+            The commit's address.
         """
         from huggingface_hub import HfApi
 
-        api = HfApi()
-        api.create_repo(repo_id, exist_ok=True)
         with tempfile.TemporaryDirectory() as scratch:
-            self.save_pretrained(Path(scratch) / "bundle")
-            return str(
-                api.upload_folder(repo_id=repo_id, folder_path=Path(scratch) / "bundle", **kwargs)
-            )
+            bundle = Path(scratch) / "bundle"
+            self.save_pretrained(bundle, dtype)
+            api = HfApi()
+            api.create_repo(repo_id, exist_ok=True)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=bundle, **kwargs))
 
     @classmethod
     def from_pretrained(cls, source: str | Path, model: Any = None) -> NetworkScorer:
@@ -181,8 +188,9 @@ class NetworkScorer(Pointwise):
             KvenvError: if the bundle is missing, damaged, of another format, holds NaN or
                 infinite weights, or belongs to another model.
         """
-        folder = _local(source)
-        config = _config(folder)
+        folder = storage.local_folder(source)
+        config = storage.read_config(folder)
+        path = folder / storage.CONFIG
         try:
             shape = config["architecture"]
             budget = shape.get("budget")
@@ -191,109 +199,54 @@ class NetworkScorer(Pointwise):
                 hidden=tuple(int(width) for width in shape["hidden"]),
                 activation=shape.get("activation", "gelu"),
                 budget=None if budget is None else int(budget),
+                age=shape.get("age", False),
             )
             info = ModelInfo(**{**config["model"], "layers": tuple(config["model"]["layers"])})
             heads = [(int(layer), int(head)) for layer, head in config["heads"]]
+            _check_heads(heads, info)
         except (KeyError, TypeError, ValueError) as error:
-            raise KvenvError(
-                f"{folder / CONFIG} is damaged ({error!r}): export the agent again"
-            ) from error
+            raise KvenvError(f"{path} is damaged ({error!r}): export the agent again") from error
         network = architecture.build(heads, info.head_dim)
-        _load_weights(network, folder / WEIGHTS)
-        scorer = cls(
-            network, architecture, info, config.get("training", {}), config.get("metrics", {})
-        )
+        storage.read_weights(network, folder / storage.WEIGHTS)
+        training, metrics = config.get("training", {}), config.get("metrics", {})
+        card = storage.read_card(folder)
+        scorer = cls(network, architecture, info, training, metrics, card)
         if model is not None:
             scorer.check_model(model)
         return scorer
 
 
-def is_bundle(folder: str | Path) -> bool:
-    """Whether a folder holds a bundle (and not a model, whose files have the same names)."""
-    try:
-        config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("format") == FORMAT
+@dataclass(frozen=True)
+class _Layer:
+    """The networks of a layer's heads on a device.
+
+    Attributes:
+        network: theirs, in the order of `rows`.
+        rows: their KV heads, ascending, (R,) int64.
+    """
+
+    network: PerHeadMLP
+    rows: torch.Tensor
+
+    def take(self, states: torch.Tensor) -> torch.Tensor:
+        """Of states (B, H, ...) the rows that have a network, (B, R, ...)."""
+        return states if self._whole(states.shape[1]) else states.index_select(1, self.rows)
+
+    def spread(self, scores: torch.Tensor, heads: int, fill: float) -> torch.Tensor:
+        """Numbers (B, R, n) among ``fill`` for the other heads, (B, H, n)."""
+        if self._whole(heads):
+            return scores.contiguous()
+        whole = scores.new_full((scores.shape[0], heads, scores.shape[2]), fill)
+        return whole.index_copy_(1, self.rows, scores)
+
+    def _whole(self, heads: int) -> bool:
+        return len(self.rows) == heads
 
 
-def _local(source: str | Path) -> Path:
-    if Path(source).exists():
-        if not all((Path(source) / name).is_file() for name in (CONFIG, WEIGHTS)):
-            raise KvenvError(
-                f"{str(source)!r} is not a bundle: it should hold {CONFIG} and {WEIGHTS}"
-            )
-        return Path(source)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=[CONFIG, WEIGHTS, "*.md"]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+def _check_heads(heads: Sequence[Head], model: ModelInfo) -> None:
+    inside = all(0 <= at < model.num_layers and 0 <= h < model.kv_heads for at, h in heads)
+    if not inside or len(set(heads)) < len(heads):
         raise KvenvError(
-            f"no bundle {str(source)!r}: no such folder, and the Hugging Face hub gave none"
-        ) from error
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise KvenvError(
-            f"{path} cannot be read as JSON ({error}): export the agent again"
-        ) from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise KvenvError(f"{path} is not a {FORMAT} file: give a folder that `kvenv train` wrote")
-    if config.get("version") != VERSION:
-        raise KvenvError(
-            f"{path} has version {config.get('version')!r}, not {VERSION}: update kvenv"
+            f"heads {[list(head) for head in heads]} are not distinct (layer, KV head) pairs of "
+            f"{model.id}, which has {model.num_layers} layers of {model.kv_heads} KV heads"
         )
-    return config
-
-
-def _load_weights(network: PerHeadMLP, path: Path) -> None:
-    try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise KvenvError(f"{path} is damaged ({error}): export the agent again") from error
-    wanted = network.state_dict()
-    if state.keys() != wanted.keys():
-        odd = sorted(state.keys() ^ wanted.keys())
-        raise KvenvError(f"{path} does not fit its {CONFIG}: tensors {odd} are missing or too many")
-    for name, tensor in state.items():
-        if tensor.shape != wanted[name].shape:
-            raise KvenvError(
-                f"{path} does not fit its {CONFIG}: {name} is {tuple(tensor.shape)}, "
-                f"not {tuple(wanted[name].shape)}"
-            )
-        if not torch.isfinite(tensor).all():
-            row = int((~torch.isfinite(tensor)).flatten(1).any(1).nonzero()[0])
-            layer, head = network.heads[row]
-            raise KvenvError(
-                f"{path} holds NaN or infinite numbers in {name} (layer {layer} head {head}): "
-                "export the agent again from a sound checkpoint"
-            )
-    network.load_state_dict(state)
-
-
-def _replace(folder: Path, scratch: Path) -> None:
-    """Put ``scratch`` in the place of ``folder``, which comes back if that fails."""
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        folder.rename(aside / "replaced")
-        try:
-            scratch.rename(folder)
-        except OSError:
-            (aside / "replaced").rename(folder)
-            raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _unwritable(folder: Path, error: Exception) -> KvenvError:
-    reason = getattr(error, "strerror", None) or error
-    return KvenvError(
-        f"bundle {str(folder)!r} could not be written ({reason}): free some space or choose "
-        "another --out"
-    )

@@ -28,8 +28,8 @@ def check_scorer(
 ) -> None:
     """Check that a scorer does what `kvenv.scorers.base.Scorer` says.
 
-    - `needs` is a frozenset out of queries, past_attention and utility; `pointwise` a bool;
-      `age_term` None or callable; `heads` None or a frozenset of (layer, KV head).
+    - `needs` is a frozenset out of `kvenv.scorers.base.NEEDS`; `pointwise` a bool; `age_term` None
+      or callable; `heads` None or a frozenset of (layer, KV head).
     - `score` takes what `needs` names and gives float32 (B, H, n) without a gradient: NaN for the
       heads outside `heads`, in whole layers too, and numbers (infinite ones rank first or last)
       for the others. A prompt may have one token, arrays may be views, keys may be zeros or large.
@@ -117,6 +117,7 @@ class Probe:
         """What a cache, an evaluation or both can give for (batch, n) tokens, always the same."""
         noise = torch.Generator().manual_seed(1000 * batch + n)
         per_token = (batch, self.kv_heads, n)
+        root = torch.randn(batch, self.query_heads, self.head_dim, self.head_dim, generator=noise)
         return {
             "keys": torch.randn(*per_token, self.head_dim, generator=noise),
             "values": torch.randn(*per_token, self.head_dim, generator=noise),
@@ -124,6 +125,8 @@ class Probe:
             "positions": torch.arange(n).mul(3).expand(per_token).contiguous(),
             "queries": torch.randn(batch, self.query_heads, 6, self.head_dim, generator=noise),
             "past_attention": torch.rand(per_token, generator=noise),
+            "query_mean": torch.randn(batch, self.query_heads, self.head_dim, generator=noise),
+            "query_cov": root @ root.mT / self.head_dim,
             "utility": torch.rand(per_token, generator=noise),
         }
 

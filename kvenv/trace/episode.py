@@ -18,6 +18,9 @@ from kvenv.trace.schema import Manifest, to_json
 FIELDS = ("keys", "values", "queries", "utility/sum", "utility/max", "past/sum")
 """The per-head datasets of an episode."""
 
+STATS = ("stats/query_mean", "stats/query_cov")
+"""Those that only sets recorded with query statistics have."""
+
 
 @dataclass(frozen=True, eq=False)
 class EpisodeArrays:
@@ -36,6 +39,9 @@ class EpisodeArrays:
         document: what the text came from; splits go by it.
         metadata: JSON-safe facts, e.g. the answer that a task expects.
         seed: the episode's own seed.
+        query_mean: (L, H_q, d) float32, expected of the queries to come, or None; see
+            `kvenv.recording.query_stats`.
+        query_cov: (L, H_q, d, d) float32, or None.
     """
 
     tokens: np.ndarray
@@ -50,6 +56,8 @@ class EpisodeArrays:
     document: str
     metadata: Mapping[str, Any]
     seed: int
+    query_mean: np.ndarray | None = None
+    query_cov: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -148,14 +156,25 @@ def check_episode(episode: EpisodeArrays, manifest: Manifest, index: int) -> Non
         "utility_max": (per_token, single),
         "past_sum": (per_token, single),
     }
+    attention = {"utility_sum", "utility_max", "past_sum"}
+    statistics = {"query_mean": (d,), "query_cov": (d, d)}
+    for name, shape in statistics.items():
+        if manifest.stats:
+            expected[name] = ((layers, model.query_heads, *shape), single)
+        elif getattr(episode, name) is not None:
+            raise KvenvError(
+                f"{where}: {name} is given, but the manifest has no stats: leave it out"
+            )
     for name, (shape, dtype) in expected.items():
-        array: np.ndarray = getattr(episode, name)
+        array: np.ndarray | None = getattr(episode, name)
+        if array is None:
+            raise KvenvError(f"{where}: {name} is None: give {dtype.__name__} {shape}")
         if array.shape != shape or array.dtype != dtype:
             raise KvenvError(
                 f"{where}: {name} is {array.dtype} {array.shape}: give {dtype.__name__} {shape}"
             )
         if name != "tokens":
-            _check_numbers(array, f"{where}: {name}", model.layers, attention=dtype is single)
+            _check_numbers(array, f"{where}: {name}", model.layers, attention=name in attention)
 
 
 def _check_numbers(array: np.ndarray, what: str, layers: tuple[int, ...], attention: bool) -> None:
@@ -188,6 +207,10 @@ def write_episode(file: h5py.File, index: int, workload: str, episode: EpisodeAr
         create_group(group, name)
     for name in FIELDS:
         write_dataset(group, name, getattr(episode, name.replace("/", "_")))
+    if episode.query_mean is not None and episode.query_cov is not None:
+        create_group(group, "stats")
+        for name, array in zip(STATS, (episode.query_mean, episode.query_cov), strict=True):
+            write_dataset(group, name, array)
 
 
 def read_info(file: h5py.File, index: int) -> EpisodeInfo:

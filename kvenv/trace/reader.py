@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 
 from kvenv.errors import KvenvError
-from kvenv.trace.episode import FIELDS, EpisodeInfo, HeadTrace, read_dataset, read_info
+from kvenv.trace.episode import FIELDS, STATS, EpisodeInfo, HeadTrace, read_dataset, read_info
 from kvenv.trace.files import sha256
 from kvenv.trace.schema import MANIFEST, Manifest, ModelInfo, load_manifest
 
@@ -140,19 +140,21 @@ class TraceSet:
 
         Args:
             i: episode.
-            field: "keys", "values", "queries", "utility/sum", "utility/max" or "past/sum".
+            field: one of `FIELDS`, or of `STATS` if the set was recorded with query statistics.
             layer: in the model's own numbers; None for all recorded layers (a leading axis L).
             head: KV head; None for all (an axis H). Of queries, its group's G query heads.
 
         Returns:
-            A new array: keys and values (..., S, d), queries (..., Q, d) float16, the others
-            (..., n) float32.
+            A new array: keys and values (..., S, d), queries (..., Q, d) float16; float32
+            query_mean (..., d), query_cov (..., d, d) and the others (..., n).
 
         Raises:
             KvenvError: if there is no such episode, field, layer or head, or the file is damaged.
         """
-        if field not in FIELDS:
-            raise KvenvError(f"no field {field!r}: give one of {', '.join(FIELDS)}")
+        if field not in FIELDS + STATS:
+            raise KvenvError(f"no field {field!r}: give one of {', '.join(FIELDS + STATS)}")
+        if field in STATS and not self.manifest.stats:
+            raise KvenvError(f"{self.path} has no {field}: record it again with --stats")
         chosen = (self._layer(layer), self._head(head, field))
         return self._from_shard(i, lambda file: read_dataset(file, i, field, chosen))
 
@@ -280,7 +282,7 @@ class TraceSet:
                 f"KV head {head} is not in {self.path}: it has 0..{self.model.kv_heads - 1}"
             )
         group = self.model.group
-        return slice(head * group, (head + 1) * group) if field == "queries" else int(head)
+        return slice(head * group, (head + 1) * group) if "quer" in field else int(head)
 
 
 def same_model(traces: Sequence[TraceSet]) -> None:

@@ -93,6 +93,7 @@ class Manifest:
         episodes: how many are planned.
         queries: "future" (the last prompt queries and all future ones) or "all".
         libraries: versions of the libraries that shaped the numbers and the bytes.
+        stats: whether episodes hold query statistics.
         shards: finished files, in order; the i-th is ``shard-%05d.h5``.
     """
 
@@ -104,6 +105,7 @@ class Manifest:
     queries: str
     libraries: Mapping[str, str]
     shards: tuple[ShardInfo, ...] = field(default=())
+    stats: bool = False
 
     def __post_init__(self) -> None:
         # Through JSON once, so that tuples and lists compare equal to what a file holds.
@@ -116,6 +118,8 @@ class Manifest:
         _check_text("workload", self.workload)
         _check_count("seed", self.seed, 0)
         _check_count("episodes", self.episodes, 1)
+        if not isinstance(self.stats, bool):
+            raise _unusable("stats", self.stats, "True or False")
         if self.queries not in ("future", "all"):
             raise _unusable("queries", self.queries, "'future' or 'all'")
         for index, shard in enumerate(self.shards):
@@ -151,6 +155,7 @@ class Manifest:
             "seed": self.seed,
             "episodes": self.episodes,
             "queries": self.queries,
+            "stats": self.stats,
             "dtype": "float16",
             "libraries": self.libraries,
             "shards": [vars(shard) for shard in self.shards],
@@ -208,7 +213,10 @@ def load_manifest(folder: Path) -> Manifest:
         ]
         names = ("workload", "arguments", "seed", "episodes", "queries", "libraries")
         return Manifest(
-            model=ModelInfo(**model), shards=tuple(shards), **{name: plain[name] for name in names}
+            model=ModelInfo(**model),
+            shards=tuple(shards),
+            stats=plain.get("stats", False),  # older sets have none
+            **{name: plain[name] for name in names},
         )
     except (KeyError, TypeError, KvenvError) as error:
         why = (

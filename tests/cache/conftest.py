@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -65,6 +66,23 @@ class MeanKey(Pointwise):
 
     def score(self, layer, keys, values, positions, **needs):
         return (keys - keys.mean(dim=-2, keepdim=True)).float().norm(dim=-1)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails where the host would wait for the device to tell it a number."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.nonzero.default,
+        )
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="session")
+def no_waiting() -> type[TorchDispatchMode]:
+    """A context of steps that a GPU could run ahead of."""
+    return NoWaiting
 
 
 @pytest.fixture(scope="session")

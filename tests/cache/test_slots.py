@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 
 from kvenv.cache import EvictionCache
@@ -130,19 +129,8 @@ def test_rows_that_generate_repeats_keep_their_own_padding(scorers):
     assert (cache.positions(0) < 0).sum(-1)[:, 0].tolist() == [0, 0, 3, 3]
 
 
-class NoWaiting(TorchDispatchMode):
-    """Fails where the host would wait for the device to tell it a number."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func not in (
-            torch.ops.aten._local_scalar_dense.default,
-            torch.ops.aten.nonzero.default,
-        )
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_decoding_never_waits_for_the_device(scorers, kind):
+def test_decoding_never_waits_for_the_device(scorers, no_waiting, kind):
     mask = torch.ones(2, 24, dtype=torch.long)
     mask[1, :12] = 0
     some, rest = scorers[kind](), scorers[kind]()
@@ -153,7 +141,7 @@ def test_decoding_never_waits_for_the_device(scorers, kind):
     cache.update(*torch.randn(2, 2, 2, 24, 8), 0)
     for _ in range(6):
         state = torch.randn(2, 2, 2, 1, 8)
-        with NoWaiting():
+        with no_waiting():
             cache.update(state[0], state[1], 0)
 
 

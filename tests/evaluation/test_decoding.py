@@ -132,7 +132,7 @@ def test_an_episode_s_prompt(asked, pair) -> None:
     model, tokenizer = pair
     aware = from_episode(asked, 0, tokenizer, model)
     assert aware.tokens.tolist() == [list(range(30))]
-    assert (aware.cut, aware.answers, aware.kind) == (0, ("7", "8"), "niah_single")
+    assert (aware.cut, aware.facts) == (0, asked.info(0).metadata)
     assert aware.note == (
         "asked episode 0, 30 prompt tokens; question: [which] numbers?; expected: 7, 8"
     )
@@ -141,6 +141,14 @@ def test_an_episode_s_prompt(asked, pair) -> None:
     assert agnostic.cut == 30
     assert agnostic.judge("it is 7 and 9") == "50% right"
     assert Task(PROMPT).judge("anything") == "-"
+
+
+def test_an_answer_is_judged_by_its_episode_s_own_metric() -> None:
+    facts = {"answers": ["the red house", "a barn"], "metric": "qa_f1"}
+    assert Task(PROMPT, facts=facts).judge("Red barn") == "67% right"
+    assert Task(PROMPT, facts={**facts, "metric": "exact_match"}).judge("Barn.") == "100% right"
+    with pytest.raises(KvenvError, match="metric 'luck'"):
+        Task(PROMPT, facts={**facts, "metric": "luck"}).judge("Barn.")
 
 
 def test_an_episode_of_another_model(asked, checkpoints) -> None:

@@ -17,6 +17,7 @@ from kvenv.cache.scoring import CacheScorer
 from kvenv.cache.slots import EvictionLayer, Limits
 from kvenv.errors import KvenvError
 from kvenv.evaluation.play import ScorerPolicy, play_all
+from kvenv.evaluation.retention import measure
 from kvenv.learning.episodes import read_heads
 from kvenv.scorers import load_scorer
 from kvenv.scorers.base import Pointwise
@@ -62,6 +63,14 @@ def test_kvp_earns_in_rank_what_its_learner_says(traces: TraceSet, kvp: Any) -> 
             _, reward, _, _, info = env.step(ScorerPolicy(kvp, env)(observation, info))
             assert reward == float(u.reward(utility, scores))
             assert info["closure"] == float(u.closure(utility, scores))
+
+
+def test_ages_count_in_rank_as_at_the_prompt_s_end(traces: TraceSet) -> None:
+    (measured,) = measure([traces], {"aged": Aged()})
+    earned = play_all(make("Rank", traces), Aged(), "closure")
+    np.testing.assert_array_equal(earned, measured.full["closure"])
+    Young = type("Young", (Aged,), {"age_term": None})
+    assert (earned != play_all(make("Rank", traces), Young(), "closure")).any()
 
 
 def test_fixed_scores_earn_the_same_in_stream_and_evict(traces: TraceSet, kvp: Any) -> None:

@@ -9,8 +9,15 @@ import pytest
 import torch
 
 from kvenv import plugins
+from kvenv import utility as ut
 from kvenv.errors import KvenvError
-from kvenv.evaluation.retention import METRICS, Measurement, measure
+from kvenv.evaluation.retention import (
+    BUDGETS,
+    METRICS,
+    Measurement,
+    layer_inputs,
+    measure,
+)
 from kvenv.scorers.base import Pointwise
 from kvenv.trace import TraceSet
 
@@ -42,6 +49,11 @@ class Some(Pointwise):
         row = 1 if layer == 1 else 0
         scores[:, row] = given[1][:, row].float()
         return scores
+
+
+class Aged(Watching):
+    def age_term(self, layer: int, age: torch.Tensor) -> torch.Tensor:
+        return -age * layer * torch.tensor([0.01, 0.2]).view(1, -1, 1)
 
 
 class Broken(Pointwise):
@@ -170,6 +182,80 @@ def test_an_agent_is_measured_the_same_in_any_company(traces: TraceSet):
                 measured.full[metric], np.tile(alone.full[metric], (2, 1))
             )
         assert measured.documents == [*alone.documents, *alone.documents]
+
+
+def test_curves_are_the_retention_at_every_budget_of_the_grid(traces: TraceSet):
+    assert (1 / 64, *(k / 32 for k in range(1, 33))) == BUDGETS
+    (measured,) = measure([traces], {"watching": Watching()})
+    for index, (n, _) in enumerate(LENGTHS):
+        for column, (layer, head) in enumerate(measured.heads):
+            utility = traces.read(index, "utility/sum", layer, head).astype(np.float64)
+            scores = torch.sin(layer + 7.0 * torch.arange(n) + head).numpy()
+            for name, drop in (("full", 0), ("sink_free", 4)):
+                mass = utility[drop:][np.argsort(-scores[drop:], kind="stable")]
+                held = [
+                    mass[: max(1, round(budget * (n - drop)))].sum() / mass.sum()
+                    for budget in BUDGETS
+                ]
+                curve = measured.curves[name]
+                assert curve.shape == (3, 4, 33)
+                np.testing.assert_allclose(curve[index, column], held, rtol=1e-6)
+    for name, table in (("full", measured.full), ("sink_free", measured.sink_free)):
+        for parts in (16, 8, 4, 2):
+            np.testing.assert_allclose(
+                measured.curves[name][..., BUDGETS.index(1 / parts)],
+                table[f"retention@1/{parts}"],
+                rtol=1e-6,
+            )
+
+
+def test_what_a_scorer_says_of_ages_counts_as_at_the_prompt_s_end(traces: TraceSet):
+    (aged,) = measure([traces], {"aged": Aged()}, heads=[(1, 1), (3, 0), (3, 1)])
+    for index, (n, _) in enumerate(LENGTHS):
+        at = torch.arange(n)
+        for column, (layer, head) in enumerate(aged.heads):
+            utility = torch.from_numpy(traces.read(index, "utility/sum", layer, head))
+            fresh = torch.sin(layer + 7.0 * at + head)
+            scores = fresh - (n - 1 - at) * layer * torch.tensor([0.01, 0.2])[head]
+            assert aged.full["reward"][index, column] == ut.reward(utility, scores)
+            assert aged.full["reward"][index, column] != ut.reward(utility, fresh)
+
+
+def test_closure_is_that_of_utility_to_the_bit(traces: TraceSet):
+    agent = plugins.load("agent", "knorm")()
+    (measured,) = measure([traces], {"knorm": agent})
+    for index in range(len(traces)):
+        parts = [layer_inputs(traces, index, at, frozenset({"utility"})) for at in (1, 3)]
+        scores = torch.cat(
+            [
+                agent.score(at, part["keys"], part["values"], part["positions"])[0]
+                for at, part in zip((1, 3), parts, strict=True)
+            ]
+        )
+        utility = torch.cat([part["utility"][0] for part in parts])
+        for table, drop in ((measured.full, 0), (measured.sink_free, 4)):
+            given = utility[:, drop:], scores[:, drop:]
+            np.testing.assert_array_equal(table["closure"][index], ut.closure(*given))
+            np.testing.assert_array_equal(table["reward"][index], ut.reward(*given))
+
+
+def test_where_nothing_can_be_won_closure_is_one(
+    tiny_traces: Callable[..., TraceSet], tmp_path: Path
+):
+    flat = tiny_traces(tmp_path / "flat", utility=lambda keys: np.ones(keys.shape[:3]))
+    (measured,) = measure([flat], {"watching": Watching()})
+    for table in (measured.full, measured.sink_free):
+        np.testing.assert_array_equal(table["closure"], 1)
+
+
+def test_heads_keep_the_recorded_order_and_their_own_figures(traces: TraceSet):
+    every, turned = (
+        measure([traces], {"watching": Watching()}, heads=heads)[0]
+        for heads in (None, [(3, 1), (1, 0)])
+    )
+    assert turned.heads == [(1, 0), (3, 1)]
+    for metric in METRICS:
+        np.testing.assert_array_equal(turned.full[metric], every.full[metric][:, [0, 3]])
 
 
 def test_every_episode_ticks(traces: TraceSet):

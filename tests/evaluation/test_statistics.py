@@ -9,9 +9,9 @@ import pytest
 from scipy import stats
 
 import kvenv
+from kvenv.errors import KvenvError
 from kvenv.evaluation import statistics
-from kvenv.evaluation.retention import METRICS, Measurement
-from kvenv.evaluation.statistics import by_document, interval, provenance, summarise
+from kvenv.evaluation.statistics import bounds, by_document, interval, paired, provenance
 
 VALUES = np.array([1.0, 3.0, 10.0, 0.0, 4.0, 6.0])
 DOCUMENTS = ["b", "b", "a", "c", "b", "c"]  # means: a 10, b 8/3, c 3
@@ -45,7 +45,9 @@ def test_the_interval_is_scipys_percentile_bootstrap_over_documents():
     assert figures["high"] == pytest.approx(theirs.confidence_interval.high, abs=0.1 * spread)
     assert interval(values, documents) == figures
     # Episodes of one document are not independent: ignoring that would claim too much.
-    honest, naive = interval(values, documents), interval(np.repeat(rows, 3), map(str, range(60)))
+    apart = [str(i) for i in range(60)]
+    honest, naive = interval(values, documents), interval(np.repeat(rows, 3), apart)
+    assert naive["high"] > naive["low"]
     assert honest["high"] - honest["low"] > 1.4 * (naive["high"] - naive["low"])
 
 
@@ -71,32 +73,73 @@ def test_equal_documents_have_no_spread():
     assert figures == {"mean": 0.25, "low": 0.25, "high": 0.25}
 
 
-def measurement(agent: str, shift: float = 0.0) -> Measurement:
+def test_columns_have_the_intervals_they_have_alone(monkeypatch: pytest.MonkeyPatch):
+    rows = np.random.default_rng(5).random((12, 7))
+    together = bounds(rows)
+    alone = [interval(column, list("abcdefghijkl")) for column in rows.T]
+    for figures, name in zip(together, ("mean", "low", "high"), strict=True):
+        np.testing.assert_allclose(figures, [each[name] for each in alone], rtol=1e-12)
+    monkeypatch.setattr(statistics, "_NUMBERS", 100)  # one resample at a time
+    for figures, again in zip(together, bounds(rows), strict=True):
+        np.testing.assert_allclose(figures, again, rtol=1e-12)
+
+
+def test_a_paired_difference_leaves_out_what_a_document_does_to_both():
     rng = np.random.default_rng(0)
-    full, free = (
-        {metric: rng.random((6, 2)).astype(np.float64) + shift for metric in METRICS}
-        for _ in range(2)
+    documents = [f"d{i // 2}" for i in range(60)]
+    ease = np.repeat(rng.normal(0, 10, 30), 2)
+    a, b = ease + rng.normal(1, 0.1, 60), ease + rng.normal(0, 0.1, 60)
+    figures = paired(a, b, documents)
+    assert figures["difference"] == pytest.approx((a - b).mean())
+    assert 0.9 < figures["low"] < figures["difference"] < figures["high"] < 1.1
+    assert interval(a, documents)["low"] < interval(b, documents)["high"]  # unpaired: no verdict
+    turned = paired(b, a, documents)
+    assert turned["difference"] == pytest.approx(-figures["difference"])
+    assert turned["low"] == pytest.approx(-figures["high"], abs=5e-3)
+
+
+def test_a_paired_difference_is_scipys_paired_bootstrap_of_document_means():
+    rng = np.random.default_rng(1)
+    a, b = rng.exponential(size=(2, 60))
+    documents = [f"d{i // 3}" for i in range(60)]
+    means = [by_document(values, documents) for values in (a, b)]
+    theirs = stats.bootstrap(
+        means,
+        lambda x, y, axis: x.mean(axis) - y.mean(axis),
+        paired=True,
+        method="percentile",
+        rng=np.random.default_rng(7),
     )
-    return Measurement(agent, [(1, 0), (3, 1)], DOCUMENTS, full, free)
+    figures, noise = paired(a, b, documents), 0.1 * theirs.standard_error
+    assert figures["low"] == pytest.approx(theirs.confidence_interval.low, abs=noise)
+    assert figures["high"] == pytest.approx(theirs.confidence_interval.high, abs=noise)
 
 
-def test_a_summary_holds_every_agents_figures_and_survives_json():
-    knorm, kvp = measurement("knorm"), measurement("kvp", 1.0)
-    result = summarise([knorm, kvp])
-    assert json.loads(json.dumps(result, allow_nan=False)) == result
-    assert (result["episodes"], result["documents"]) == (6, 3)
-    assert result["heads"] == [[1, 0], [3, 1]]
-    assert list(result["agents"]) == ["knorm", "kvp"]
-    for measured in (knorm, kvp):
-        figures = result["agents"][measured.agent]
-        for kind in ("full", "sink_free"):
-            table = getattr(measured, kind)
-            assert figures[kind].keys() == set(METRICS)
-            for metric in METRICS:
-                assert figures[kind][metric] == interval(table[metric].mean(1), DOCUMENTS)
-            heads = by_document(table["closure"], DOCUMENTS).mean(0)
-            np.testing.assert_allclose(figures["per_head"][kind], heads, atol=1e-6)
-    assert result["agents"]["kvp"]["full"] != result["agents"]["knorm"]["full"]
+def test_paired_intervals_cover_the_truth_about_as_often_as_they_say(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Three episodes a document, of which each has its own difference about the true 0.3."""
+    monkeypatch.setattr(statistics, "RESAMPLES", 499)
+    rng = np.random.default_rng(0)
+    documents = [str(i // 3) for i in range(120)]
+    hits = naive = 0
+    for _ in range(300):
+        ease, gain = (np.repeat(rng.normal(mean, sd, 40), 3) for mean, sd in ((0, 5), (0.3, 1)))
+        a, b = ease + gain + rng.normal(0, 0.3, 120), ease + rng.normal(0, 0.3, 120)
+        figures = paired(a, b, documents)
+        hits += figures["low"] <= 0.3 <= figures["high"]
+        apart = paired(a, b, list(map(str, range(120))))  # as if episodes were independent
+        naive += apart["low"] <= 0.3 <= apart["high"]
+    assert 0.90 <= hits / 300 <= 0.98
+    assert naive / 300 < 0.85
+
+
+def test_figures_that_do_not_match_are_an_error():
+    with pytest.raises(KvenvError, match=r"shapes \(3,\) and \(2,\): measure both on the same"):
+        paired(np.ones(3), np.ones(2), list("abc"))
+    for count, documents in ((3, "ab"), (2, "abc"), (0, "")):
+        with pytest.raises(KvenvError, match=f"{count} figures for {len(documents)} episodes"):
+            interval(np.ones(count), list(documents))
 
 
 def test_provenance_says_how_a_number_came_about(monkeypatch: pytest.MonkeyPatch):

@@ -4,6 +4,7 @@ import itertools
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +15,10 @@ from hypothesis import strategies as st
 from kvenv.errors import KvenvError
 from kvenv.learning import episodes
 from kvenv.learning.episodes import (
+    Reader,
     choose_heads,
     read_heads,
     split_documents,
-    stream,
 )
 from kvenv.trace import TraceSet, same_model
 
@@ -50,11 +51,11 @@ def test_a_batch_holds_the_prompt_of_each_head_in_the_order_asked(
 def test_a_stream_gives_the_episodes_in_order(traces: TraceSet):
     order = [(0, 2), (1, 0), (0, 2), (0, 1)]
     heads = [(1, 1), (3, 0)]
-    given_ = list(stream([traces, traces], order, heads))
+    given_ = list(Reader([traces, traces], heads).stream(order))
     assert len(given_) == 4
     for batch, (_, index) in zip(given_, order, strict=True):
         assert torch.equal(batch.keys, read_heads(traces, index, heads).keys)
-    assert list(stream([traces], [], heads)) == []
+    assert list(Reader([traces], heads).stream([])) == []
 
 
 def test_a_stream_reads_one_episode_ahead_and_no_more(
@@ -71,7 +72,7 @@ def test_a_stream_reads_one_episode_ahead_and_no_more(
 
     monkeypatch.setattr(episodes, "read_heads", counted)
     endless = ((0, i % 3) for i in itertools.count())  # a stream that hoarded would never return
-    data = stream([traces], endless, [(1, 0)])
+    data = Reader([traces], [(1, 0)]).stream(endless)
     for used in range(1, 20):
         next(data)
         assert started <= used + 1
@@ -80,8 +81,74 @@ def test_a_stream_reads_one_episode_ahead_and_no_more(
     assert started <= 20
 
 
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
+    """What has been read so far: the arguments after the set."""
+    done: list[tuple[object, ...]] = []
+
+    def recorded(traces: TraceSet, *rest: Any):
+        done.append(rest)
+        return read_heads(traces, *rest)
+
+    monkeypatch.setattr(episodes, "read_heads", recorded)
+    return done
+
+
+ORDER = [(0, 2), (0, 0), (0, 2), (0, 1), (0, 0)]
+
+
+def test_a_cpu_keeps_nothing(traces: TraceSet, reads: list):
+    reader = Reader([traces], [(1, 0)])
+    assert len(list(reader.stream(ORDER))) == len(list(reader.stream(ORDER))) == 5
+    assert [index for index, *_ in reads] == [i for _, i in ORDER] * 2
+
+
+# A device that holds shapes alone stands in for a GPU.
+@pytest.mark.parametrize("roomy", [True, False])
+def test_another_device_keeps_episodes_while_there_is_room(
+    traces: TraceSet, monkeypatch: pytest.MonkeyPatch, reads: list, roomy: bool
+):
+    monkeypatch.setattr(Reader, "_roomy", lambda _: roomy)
+    reader = Reader([traces], [(1, 0), (3, 1)], "meta")
+    first, again = (list(reader.stream([(0, i) for i in range(3)])) for _ in range(2))
+    assert [index for index, *_ in reads] == ([0, 1, 2] if roomy else [0, 1, 2] * 2)
+    assert all((a is b) == roomy for a, b in zip(first, again, strict=True))
+    for batch, (n, _) in zip(again, LENGTHS, strict=True):
+        assert batch.keys.shape == (2, n, 8)
+        assert (batch.keys.dtype, batch.values.dtype) == (torch.float16, torch.float16)
+        assert (batch.positions.dtype, batch.utility.dtype) == (torch.int64, torch.float32)
+        assert all(x.device.type == "meta" for x in vars(batch).values())
+
+
+def test_a_kept_episode_is_given_in_its_place(
+    traces: TraceSet, monkeypatch: pytest.MonkeyPatch, reads: list
+):
+    monkeypatch.setattr(Reader, "_roomy", lambda _: True)
+    reader = Reader([traces, traces], [(1, 0)], "meta")
+    lengths = [batch.utility.shape[1] for batch in reader.stream([*ORDER, *ORDER, (1, 1)])]
+    assert lengths == [LENGTHS[i][0] for _, i in [*ORDER, *ORDER, (1, 1)]]
+    assert [index for index, *_ in reads] == [2, 0, 1, 1]  # the last is of the other set
+
+
+@pytest.mark.parametrize(("free", "roomy"), [(26, True), (25, False), (0, False)])
+def test_a_quarter_of_a_gpu_stays_free(
+    traces: TraceSet, monkeypatch: pytest.MonkeyPatch, free: int, roomy: bool
+):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 100))
+    assert Reader([traces], [(1, 0)], "cuda")._roomy() == roomy
+    assert not Reader([traces], [(1, 0)], "meta")._roomy()
+
+
+def test_what_is_kept_as_float16_is_what_was_recorded(traces: TraceSet):
+    half = read_heads(traces, 0, [(1, 0), (3, 1)], np.float16)
+    whole = read_heads(traces, 0, [(1, 0), (3, 1)])
+    assert half.keys.dtype == torch.float16
+    assert torch.equal(half.keys.float(), whole.keys)
+    assert torch.equal(half.values.float(), whole.values)
+
+
 def test_a_failed_read_is_raised_where_the_episode_is_wanted(traces: TraceSet):
-    data = stream([traces], [(0, 0), (0, 7), (0, 1)], [(1, 0)])
+    data = Reader([traces], [(1, 0)]).stream([(0, 0), (0, 7), (0, 1)])
     assert next(data).keys.shape == (1, 40, 8)
     with pytest.raises(KvenvError, match="no episode 7"):
         next(data)

@@ -22,14 +22,7 @@ from kvenv.learning.run import Run, load_checkpoint, save_checkpoint
 from kvenv.scorers import NetworkScorer
 from kvenv.trace import TraceSet
 
-QUICK = {"steps": 12, "samples": 3, "hidden": [6], "seed": 1}
-
-
-def linear(keys: np.ndarray) -> np.ndarray:
-    """Future attention that grows along a direction of the keys, another for each head."""
-    directions = np.random.default_rng(42).normal(size=(*keys.shape[:2], 8, 1))
-    projected = (keys @ directions)[..., 0]
-    return projected - projected.min(-1, keepdims=True)
+QUICK = {"steps": 12, "hidden": [6], "seed": 1}
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +30,13 @@ def traces(tiny_traces: Callable[..., TraceSet], tmp_path_factory: pytest.TempPa
     return tiny_traces(tmp_path_factory.mktemp("traces") / "tiny", [(30, 2)] * 5)
 
 
-@pytest.fixture(scope="module")
-def planted(tiny_traces: Callable[..., TraceSet], tmp_path_factory: pytest.TempPathFactory):
-    """A set to learn from, and another to measure on."""
-    folder = tmp_path_factory.mktemp("planted")
-    return (
-        tiny_traces(folder / "train", [(64, 1)] * 24, utility=linear),
-        tiny_traces(folder / "test", [(64, 1), (48, 1), (80, 1)], utility=linear, seed=1000),
-    )
-
-
 def kvp(**options: Any) -> Any:
-    return plugins.load("agent", "kvp")(**{**QUICK, **options})
+    return make("kvp", **options)
+
+
+def make(agent: str = "kvp", **options: Any) -> Any:
+    own = {"samples": 3} if agent == "kvp" else {}
+    return plugins.load("agent", agent)(**{**QUICK, **own, **options})
 
 
 def weights(scorer: NetworkScorer) -> dict[str, torch.Tensor]:
@@ -67,18 +55,17 @@ class Crashed(Exception):  # noqa: N818
 def fit_until(
     monkeypatch: pytest.MonkeyPatch, traces: list[TraceSet], run: Run, step: int, **options: Any
 ) -> None:
-    """Train, with the objective failing in a step, counted from 0."""
-    agent = kvp(**options)
-    module = sys.modules[type(agent).__module__]
-    gradient, calls = module.policy_gradient, iter(range(1000))
+    """Train, with the objective failing in a step, counted from where training starts."""
+    agent = make(**options)
+    gradient, calls = agent.gradient, iter(range(1000))
 
-    def crashing(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def crashing(*args: Any) -> torch.Tensor:
         if next(calls) == step * agent.batch:
             raise Crashed
-        return gradient(*args, **kwargs)
+        return gradient(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "policy_gradient", crashing)
+        patch.setattr(agent, "gradient", crashing)
         with pytest.raises(Crashed):
             agent.fit(traces, run=run)
 
@@ -86,10 +73,10 @@ def fit_until(
 # Learning
 
 
-@pytest.mark.parametrize("credit", ["reward_to_go", "plain"])
+@pytest.mark.parametrize("credit", ["expected", "reward_to_go", "plain"])
 def test_it_learns_a_planted_utility(planted: tuple[TraceSet, TraceSet], credit: str):
     train, test = planted
-    agent = kvp(steps=200, samples=8, lr=3e-2, hidden=[], credit=credit)
+    agent = kvp(steps=200, samples=8, lr=3e-2, hidden=[], credit=credit, warm_start=0.0)
     scorer = agent.fit([train], run=Run(validation=[test]))
     assert scorer.metrics["closure"] > 0.95
     assert scorer.metrics["sink_free"] > 0.95
@@ -182,8 +169,12 @@ def test_a_seed_decides_every_weight(traces: TraceSet):
     "change",
     [
         {"credit": "plain"},
+        {"credit": "reward_to_go"},
+        {"warm_start": 0.25},
+        {"warm_signal": "listwise"},
+        {"warm_signal": "regression"},
+        {"features": ["key"]},
         {"sink_free": 0.0},
-        {"samples": 4},
         {"batch": 2},
         {"lr": 1e-3},
         {"weight_decay": 0.0},
@@ -192,6 +183,12 @@ def test_a_seed_decides_every_weight(traces: TraceSet):
 )
 def test_every_option_has_an_effect(traces: TraceSet, change: dict[str, Any]):
     assert not same(kvp().fit([traces]), kvp(**change).fit([traces]))
+
+
+@pytest.mark.parametrize("credit", ["expected", "reward_to_go", "plain"])
+def test_samples_matter_where_rankings_are_drawn(traces: TraceSet, credit: str):
+    few, many = (kvp(credit=credit, samples=samples).fit([traces]) for samples in (3, 4))
+    assert same(few, many) == (credit == "expected")
 
 
 def test_what_is_measured_and_kept_on_the_way_changes_nothing(traces: TraceSet, tmp_path: Path):
@@ -204,7 +201,14 @@ def test_what_is_measured_and_kept_on_the_way_changes_nothing(traces: TraceSet, 
 
 
 @pytest.mark.parametrize("step", [1, 5, 6, 11])
-@pytest.mark.parametrize("options", [{}, {"batch": 3, "features": ["key", "position"]}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"batch": 3, "features": ["key", "position"], "credit": "reward_to_go"},
+        {"agent": "pairwise", "age": True},
+    ],
+)
 def test_a_resumed_run_ends_with_the_same_bits(
     traces: TraceSet,
     tmp_path: Path,
@@ -218,7 +222,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
     found = load_checkpoint(folder)
     assert (found[1]["step"] if found else 0) == step // 3 * 3
     resumed = Run(checkpoint=folder, checkpoint_every=3, resume=True)
-    assert same(kvp(**options).fit([traces], run=resumed), kvp(**options).fit([traces]))
+    assert same(make(**options).fit([traces], run=resumed), make(**options).fit([traces]))
 
 
 def test_stopping_twice_is_no_different(
@@ -356,7 +360,12 @@ def test_a_killed_command_goes_on_where_it_was(
         ({"batch": 0}, "batch is 0"),
         ({"lr": 0.0}, "lr is 0.0"),
         ({"lr": float("nan")}, "lr is nan"),
-        ({"samples": 1}, "samples is 1"),
+        ({"credit": "plain", "samples": 1}, "samples is 1: credit plain .* 2 or more"),
+        ({"credit": "reward_to_go", "samples": 0}, "samples is 0"),
+        ({"credit": "both"}, "credit is 'both': give one of expected, reward_to_go, plain"),
+        ({"warm_signal": "luck"}, "warm_signal is 'luck': give one of pairwise"),
+        ({"warm_start": 1.01}, "warm_start is 1.01"),
+        ({"warm_start": float("nan")}, "warm_start is nan"),
         ({"seed": -1}, "seed is -1"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1"),
         ({"sink_free": 1.5}, "sink_free is 1.5"),

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvenv import utility as ut
+from kvenv.errors import KvenvError
 from kvenv.learning import plackett_luce as pl
 
-CREDITS: tuple[pl.Credit, ...] = ("reward_to_go", "plain")
+CREDITS: tuple[pl.Credit, ...] = ("reward_to_go", "plain")  # the sampled ones
 
 
 def doubles(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -189,6 +190,13 @@ def test_scores_far_apart_give_finite_gradients(credit: pl.Credit):
     noise = torch.Generator().manual_seed(0)
     gradient = pl.policy_gradient(scores, torch.rand(30), 4, credit, noise)
     assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("samples", [0, 1])
+@pytest.mark.parametrize("credit", CREDITS)
+def test_too_few_rankings_are_an_error(credit: pl.Credit, samples: int):
+    with pytest.raises(KvenvError, match=f"samples is {samples}: .* at least 2"):
+        pl.policy_gradient(doubles(5), doubles(5).square(), samples, credit, torch.Generator())
 
 
 @pytest.mark.parametrize("credit", CREDITS)

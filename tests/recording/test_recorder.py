@@ -100,6 +100,20 @@ def test_queries_and_layers(pair, tmp_path) -> None:
     np.testing.assert_allclose(one.read(0, "keys", 1), future.read(0, "keys", 1), atol=2e-3)
 
 
+def test_statistics_are_recorded_when_asked_for(pair, tmp_path) -> None:
+    traces = record(pair, tmp_path / "set", stats=True)
+    plain = record(pair, tmp_path / "plain")
+    assert traces.read(0, "stats/query_mean").shape == (2, 4, 8)
+    for i in range(5):
+        tokens = torch.from_numpy(traces.tokens(i)).long()
+        kept, _ = capture(pair[0], tokens, traces.info(i).n, stats=True)
+        for name in ("query_mean", "query_cov"):
+            np.testing.assert_array_equal(traces.read(i, f"stats/{name}"), kept.stack(name))
+        np.testing.assert_array_equal(traces.read(i, "queries"), plain.read(i, "queries"))
+    with pytest.raises(KvenvError, match="record it again with --stats"):
+        plain.read(0, "stats/query_mean")
+
+
 def test_the_same_command_again_has_nothing_to_do(pair, tmp_path, monkeypatch) -> None:
     record(pair, tmp_path / "set")
     before = contents(tmp_path / "set")
@@ -217,6 +231,7 @@ def test_a_generated_future_needs_a_prompt_and_nothing_else(pair, tmp_path) -> N
         ({"prompt_tokens": 21}, "prompt_tokens"),
         ({"generate": "greedy"}, "generate"),
         ({"queries": "all"}, "queries"),
+        ({"stats": True}, "stats: False there, True here"),
         ({"layers": [0]}, "layers"),
         ({"name": "other"}, "workload"),
     ],

@@ -80,7 +80,74 @@ def test_prompt_is_the_conversation_and_future_the_reply(tmp_path: Path) -> None
     )
     assert TOKENIZER.decode(sample.future) == "a2<end>"
     assert sample.document == "c7"
-    assert sample.metadata == {"turn": 6, "first_turn": 1}
+    assert sample.metadata == {"turn": 6, "first_turn": 1, "turns": [0, 33, 36, 56, 59, 79]}
+
+
+def pieces(sample: Sample, tokenizer: PreTrainedTokenizerFast = TOKENIZER) -> list[str]:
+    ids = [*sample.prompt, *sample.future]
+    ends = [*sample.metadata["turns"][1:], len(ids)]
+    return [tokenizer.decode(ids[a:b]) for a, b in zip(sample.metadata["turns"], ends, strict=True)]
+
+
+def test_turns_part_the_replies_from_what_they_answer(tmp_path: Path) -> None:
+    sample = take(chat(tmp_path, [SYSTEM, *TURNS]))
+    assert pieces(sample) == [
+        "[system]Sys.<end>[user]u0<end>[assistant]",
+        "a0<end>",
+        "[user]u1<end>[assistant]",
+        "a1<end>",
+        "[user]u2<end>[assistant]",
+        "a2<end>",
+    ]
+    later = take(chat(tmp_path, [SYSTEM, *TURNS]), n=len(sample.prompt) - 1)
+    assert pieces(later) == [
+        "[system]Sys.<end>[user]u1<end>[assistant]",
+        "a1<end>",
+        "[user]u2<end>[assistant]",
+        "a2<end>",
+    ]
+
+
+def test_a_template_that_trims_keeps_its_turns(tmp_path: Path) -> None:
+    trimming = make_tokenizer(TEMPLATE.replace("m.content }}", "m.content | trim }}"))
+    talk = [TURNS[0], {"role": "assistant", "content": " a0\n"}, *TURNS[2:4]]
+    sample = take(chat(tmp_path, talk), tokenizer=trimming)
+    assert pieces(sample, trimming)[1:3] == ["a0<end>", "[user]u1<end>[assistant]"]
+
+
+def test_without_a_template_replies_end_with_their_text(tmp_path: Path) -> None:
+    plain = make_tokenizer(None)
+    sample = take(chat(tmp_path, TURNS[:4]), tokenizer=plain)
+    assert pieces(sample, plain) == [
+        "User: u0\n\nAssistant: ",
+        "a0",
+        "\n\nUser: u1\n\nAssistant: ",
+        "a1<end>",
+    ]
+
+
+def test_a_boundary_inside_a_token_is_drawn_before_it(tmp_path: Path) -> None:
+    """Tokens over both ends of a reply: no prompt before it is a prefix of a later one."""
+    merged = make_tokenizer(None)
+    merged.add_tokens([": a", "0\n"])
+    sample = take(chat(tmp_path, TURNS[:4]), tokenizer=merged)
+    whole = "User: u0\n\nAssistant: a0\n\nUser: u1\n\nAssistant: "
+    assert merged.decode(sample.prompt) == whole
+    assert len(sample.prompt) < len(whole)
+    assert "".join(pieces(sample, merged)) == f"{whole}a1<end>"
+
+
+def test_boundaries_that_are_none_are_left_out(tmp_path: Path) -> None:
+    """A template that drops what old replies said leaves no end to find."""
+    forgetful = make_tokenizer(
+        TEMPLATE.replace("m.content }}", "m.content if loop.last or m.role == 'user' else '.' }}")
+    )
+    sample = take(chat(tmp_path, TURNS[:4]), tokenizer=forgetful)
+    assert pieces(sample, forgetful) == [
+        "[user]u0<end>[assistant]",
+        ".<end>[user]u1<end>[assistant]",
+        "a1<end>",
+    ]
 
 
 def test_long_conversations_lose_their_oldest_turns_but_not_the_system_message(

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from kvenv import plugins
 from kvenv.errors import KvenvError
@@ -26,12 +28,43 @@ def test_a_bundles_folder(trained: Path, form: type):
     assert scorer.training["agent"] == "kvp"
 
 
-def test_a_shipped_trained_agent(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "trained").mkdir()
-    trained_copy = tmp_path / "trained" / "kvp-tiny"
-    NetworkScorer.from_pretrained(trained).save_pretrained(trained_copy)
-    monkeypatch.setattr(plugins, "shipped_folder", lambda name: tmp_path)
+@pytest.fixture
+def zoo(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the shipped agents, with two trained ones and a folder that is none."""
+    shutil.copytree(
+        plugins.shipped_folder("agents"),
+        tmp_path / "agents",
+        ignore=shutil.ignore_patterns("trained"),
+    )
+    monkeypatch.setattr(plugins, "shipped_folder", lambda name: tmp_path / name)
+    for name in ("kvp-tiny", "kvp-small"):
+        scorer = NetworkScorer.from_pretrained(trained)
+        scorer.save_pretrained(tmp_path / "agents" / "trained" / name, dtype=torch.float16)
+    (tmp_path / "agents" / "trained" / "notes").mkdir()
+    return tmp_path / "agents" / "trained"
+
+
+def test_a_shipped_trained_agent(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert plugins.trained() == {name: zoo / name for name in ("kvp-small", "kvp-tiny")}
+    (tmp_path / "elsewhere" / "kvp-tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")  # where a folder of that name hides nothing
     assert isinstance(load_scorer("kvp-tiny"), NetworkScorer)
+
+
+def test_no_agent_is_trained_where_none_is_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(plugins, "shipped_folder", lambda name: tmp_path / name)
+    assert plugins.trained() == {}
+
+
+@pytest.mark.parametrize("asked", ["kvp-huge", "notes", "trained"])
+def test_an_unknown_agent_is_an_error_that_names_the_trained_ones_too(zoo: Path, asked: str):
+    with pytest.raises(KvenvError, match=rf"unknown agent '{asked}'.*knorm.*kvp-small, kvp-tiny"):
+        load_scorer(asked)
+
+
+def test_an_agent_that_has_to_be_trained_is_an_error_that_names_those_that_are(zoo: Path):
+    with pytest.raises(KvenvError, match=r"'kvp' has .*, or use one that is: kvp-small, kvp-tiny"):
+        load_scorer("kvp")
 
 
 def test_a_heuristic():

@@ -40,7 +40,12 @@ def manifest(episodes: int = 5, **changes: Any) -> Manifest:
 
 
 def episode(
-    index: int, n: int = 9, T: int = 3, tail: int | None = None, model: ModelInfo = MODEL
+    index: int,
+    n: int = 9,
+    T: int = 3,
+    tail: int | None = None,
+    model: ModelInfo = MODEL,
+    stats: bool = False,
 ) -> EpisodeArrays:
     rng = np.random.default_rng(index)
     layers, kv, d, tail = len(model.layers), model.kv_heads, model.head_dim, tail or n + T
@@ -50,6 +55,9 @@ def episode(
 
     def attention() -> np.ndarray:
         return rng.random((layers, kv, n), dtype=np.float32)
+
+    def moment(*shape: int) -> np.ndarray:
+        return rng.standard_normal((layers, model.query_heads, *shape), dtype=np.float32)
 
     return EpisodeArrays(
         tokens=rng.integers(0, 128, n + T, dtype=np.int32),
@@ -64,6 +72,8 @@ def episode(
         document=f"dok-{index // 2}-ü",
         metadata={"answer": ["4", index], "note": "ü\0" * index},
         seed=100 + index,
+        query_mean=moment(d) if stats else None,
+        query_cov=moment(d, d) if stats else None,
     )
 
 

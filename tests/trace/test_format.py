@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvenv.errors import KvenvError
-from kvenv.trace import FIELDS, ModelInfo, TraceSet, TraceWriter
+from kvenv.trace import FIELDS, STATS, ModelInfo, TraceSet, TraceWriter
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,6 +77,44 @@ def test_round_trip(tiny, tmp_path_factory, model, n, T, data):
         episode.queries[:, head * group : (head + 1) * group],
     )
     with_all.verify()
+
+
+@settings(max_examples=10)
+@given(model=models(), data=st.data())
+def test_statistics_round_trip(tiny, tmp_path_factory, model, data):
+    episode = tiny.episode(3, model=model, stats=True)
+    folder = tmp_path_factory.mktemp("set")
+    with TraceWriter(folder, tiny.manifest(1, model=model, stats=True)) as writer:
+        writer.add(episode)
+    traces = TraceSet(folder)
+    assert traces.manifest.stats
+    layer, head = data.draw(st.sampled_from(traces.heads))
+    group = slice(head * model.group, (head + 1) * model.group)
+    for field in STATS:
+        written = getattr(episode, field.removeprefix("stats/"))
+        np.testing.assert_array_equal(traces.read(0, field), written, strict=True)
+        one = traces.read(0, field, layer, head)
+        np.testing.assert_array_equal(one, written[model.layers.index(layer), group], strict=True)
+    traces.close()
+    with h5py.File(folder / "shard-00000.h5") as file:
+        for field, rows in zip(STATS, ((), (model.head_dim,)), strict=True):
+            dataset = file["episode_000000"][field]
+            assert dataset.chunks == (1, 1, *rows, model.head_dim)
+            assert dataset.fletcher32
+
+
+def test_a_set_from_before_there_were_statistics_has_none(tiny, undisturbed, tmp_path):
+    copy = Path(shutil.copytree(undisturbed, tmp_path / "set"))
+    path = copy / "manifest.json"
+    plain = json.loads(path.read_bytes())
+    assert plain.pop("stats") is False
+    path.write_text(json.dumps(plain))
+    traces = TraceSet(copy)
+    assert not traces.manifest.stats
+    with pytest.raises(KvenvError, match=r"has no stats/query_mean: record it again with --stats"):
+        traces.read(0, "stats/query_mean")
+    with TraceWriter(copy, tiny.manifest()) as writer:  # and can be gone on with
+        assert writer.done == 5
 
 
 def test_a_head_is_a_chunk_with_a_checksum(tiny, undisturbed):
@@ -160,6 +199,28 @@ def test_what_does_not_fit_is_refused(tiny, tmp_path, changes, words):
     assert len(TraceSet(tmp_path)) == 2
 
 
+@pytest.mark.parametrize(
+    ("promised", "changes", "words"),
+    [
+        (True, {"query_cov": None}, r"query_cov is None: give float32 \(2, 4, 8, 8\)"),
+        (True, {"query_mean": np.zeros((2, 2, 8), np.float32)}, r"query_mean is float32 \(2, 2, 8"),
+        (
+            True,
+            {"query_mean": np.full((2, 4, 8), np.nan, np.float32)},
+            "query_mean of layer 1, hea",
+        ),
+        (False, {}, "query_mean is given, but the manifest has no stats"),
+    ],
+)
+def test_statistics_are_checked(tiny, tmp_path, promised, changes, words):
+    episode = dataclasses.replace(tiny.episode(0, stats=True), **changes)
+    with (
+        TraceWriter(tmp_path, tiny.manifest(1, stats=promised)) as writer,
+        pytest.raises(KvenvError, match=f"episode 0: {words}"),
+    ):
+        writer.add(episode)
+
+
 def test_all_queries_means_all(tiny, tmp_path):
     with TraceWriter(tmp_path, tiny.manifest(1, queries="all")) as writer:
         with pytest.raises(KvenvError, match="of 5 tokens: give those of 12"):
@@ -169,7 +230,13 @@ def test_all_queries_means_all(tiny, tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"queries": "some"}, {"episodes": 0}, {"seed": -1}, {"arguments": {"x": {1, 2}}}],
+    [
+        {"queries": "some"},
+        {"stats": 1},
+        {"episodes": 0},
+        {"seed": -1},
+        {"arguments": {"x": {1, 2}}},
+    ],
 )
 def test_manifests_are_checked(tiny, changes):
     with pytest.raises(KvenvError, match=f"{next(iter(changes))} is"):

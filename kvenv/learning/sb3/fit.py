@@ -14,7 +14,7 @@ import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from kvenv.errors import KvenvError
-from kvenv.learning.episodes import Index, choose_heads, hold_out, stream
+from kvenv.learning.episodes import Index, Reader, choose_heads, hold_out
 from kvenv.learning.fit import evaluate
 from kvenv.learning.run import Run
 from kvenv.learning.sb3.callbacks import HeldOut
@@ -217,7 +217,7 @@ def _joined(
         f"{layer}:{head}": part.training["curve"]
         for part, (layer, head) in zip(parts, heads, strict=True)
     }
-    metrics = evaluate(network, architecture, stream(held_sets, held, heads)) if held else {}
+    metrics = evaluate(network, architecture, Reader(held_sets, heads).stream(held)) if held else {}
     last = [curve[-1] for curve in curves.values() if curve]
     if last and "retention" in last[0]:
         metrics["retention"] = float(np.mean([one["retention"] for one in last]))

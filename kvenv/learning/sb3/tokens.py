@@ -13,10 +13,10 @@ from torch import nn
 from kvenv.errors import KvenvError
 from kvenv.learning.episodes import (
     Index,
+    Reader,
     choose_heads,
     deviation,
     moments,
-    stream,
 )
 from kvenv.scorers.base import Head
 from kvenv.scorers.network import Architecture, Feature, PerHeadMLP, features
@@ -46,7 +46,7 @@ def standardise(
         episodes = [(where, i) for where, one in enumerate(traces) for i in range(len(one))]
     mean, square = moments(
         features(one.keys, one.values, one.positions, names, budget).flatten(0, 1)[None]
-        for one in stream(traces, episodes, choose_heads(traces, heads))
+        for one in Reader(traces, choose_heads(traces, heads)).stream(episodes)
     )
     return mean.flatten().float().numpy(), deviation(mean, square).flatten().float().numpy()
 
@@ -97,12 +97,14 @@ class TokenView(nn.Module):
                 f"an observation of {size} numbers is not {tokens} tokens of 2d + 3 columns: "
                 "use this policy on kvenv/Rank-v0 or kvenv/Evict-v0"
             )
-        if "fill" in names:
-            raise KvenvError("a ranking has no feature fill: choose from key, value, position")
-        self.tokens = tokens
-        self.architecture = Architecture(tuple(names), tuple(hidden), activation)  # pyright: ignore[reportArgumentType]
         place = 2 * d + position
         at = {"key": slice(d), "value": slice(d, 2 * d), "position": slice(place, place + 1)}
+        if odd := sorted(set(names) - set(at)):
+            raise KvenvError(
+                f"a ranking has no feature {', '.join(odd)}: choose from {', '.join(at)}"
+            )
+        self.tokens = tokens
+        self.architecture = Architecture(tuple(names), tuple(hidden), activation)  # pyright: ignore[reportArgumentType]
         self._columns = [at[name] for name in names]
         # SB3 seeds the global generator before it makes a policy.
         self.scorer = self.architecture.build([(0, 0)], d, torch.default_generator)

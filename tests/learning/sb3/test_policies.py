@@ -325,7 +325,8 @@ def test_without_sb3_contrib_the_cure_is_named(monkeypatch: pytest.MonkeyPatch):
     ("change", "message"),
     [
         ({"distribution": "cauchy"}, "'cauchy': choose"),
-        ({"features": ("key", "fill")}, "no feature fill"),
+        ({"features": ("key", "fill")}, "no feature fill: choose from key, value, position"),
+        ({"features": ("mean_key", "key", "key_norm")}, "no feature key_norm, mean_key: choose"),
         ({"features": ("key", "age")}, "age"),
         ({"mean": np.zeros(3)}, r"\(3,\), not \(16,\)"),
         ({"use_sde": True}, "use_sde"),

@@ -1,0 +1,48 @@
+"""``kvenv report``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kvenv.commands.common import listed
+from kvenv.display import console
+from kvenv.errors import KvenvError
+
+
+def report(files: str, out: Path = Path("report.html")) -> None:
+    """Show evaluations in one HTML page: curves, heads, tables and the tokens that are kept.
+
+    The page stands alone: it can be mailed, and opened without a network.
+
+    Args:
+        files: what `kvenv evaluate --json` wrote, separated by commas.
+        out: the page to write.
+    """
+    from kvenv.report import render
+
+    names = listed(files, "files")
+    page = render([_read(Path(name)) for name in names], names)
+    temporary = out.with_name(f".{out.name}.tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    console.print(f"wrote {out}", markup=False, soft_wrap=True)
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise KvenvError(
+            f"{str(path)!r} could not be read ({error.strerror}): give a file that "
+            "`kvenv evaluate --json` wrote"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise KvenvError(
+            f"{str(path)!r} is no JSON ({error}): give a file that `kvenv evaluate --json` wrote"
+        ) from error

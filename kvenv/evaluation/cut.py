@@ -1,0 +1,256 @@
+"""Cut once: a prompt's cache is evicted from before anything that follows is seen."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+
+from kvenv.errors import KvenvError
+from kvenv.evaluation.retention import kind_of, score_prompt
+from kvenv.identity import fingerprint, full_attention_layers
+from kvenv.scorers.base import Head, Scorer
+from kvenv.trace import EpisodeInfo, TraceSet, same_model
+from kvenv.utility import budget_tokens, protect, ranking
+
+FLOAT32 = torch.finfo(torch.float32)
+
+
+class CutLayer(DynamicLayer):
+    """A full-attention layer that was cut to some of its tokens and grows from there.
+
+    What was kept takes the last places before the first new token, so that the library's causal
+    mask shows it to every new token and orders the new ones among themselves.
+
+    Args:
+        keys: (B, H, b, d), after RoPE; heads may hold different tokens.
+        values: (B, H, b, d).
+        evicted: how many tokens each head gave up.
+    """
+
+    is_croppable = False
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, evicted: int) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+        self._evicted = evicted
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, kept or not: the position of the next one."""
+        return super().get_seq_length() + self._evicted
+
+    def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
+        """Length and offset of the keys that ``query_length`` tokens attend to.
+
+        Older transformers give the tokens' positions instead of their number.
+        """
+        q = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return super().get_seq_length() + q, self._evicted
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A recorded prompt as the model has read it and every agent has ranked it.
+
+    Attributes:
+        traces: the set it is from.
+        info: its episode's attributes; n prompt tokens.
+        future: (T,) the recorded tokens that follow.
+        logits: (1, V) what the model expects after the prompt, all of it being there.
+        cache: the model's own cache of the n tokens, one row; `whole` gives copies of it.
+        orders: full-attention layer -> rankings (A, H, n) int64, a row an agent.
+    """
+
+    traces: TraceSet
+    info: EpisodeInfo
+    future: torch.Tensor
+    logits: torch.Tensor
+    cache: Cache
+    orders: Mapping[int, torch.Tensor]
+
+    def whole(self) -> Cache:
+        """A cache of one row from which nothing was evicted."""
+        return copy.deepcopy(self.cache)
+
+    def kept(self, layer: int, budget: int) -> torch.Tensor:
+        """Positions of the tokens that each agent keeps, (A, H, b) int64, ascending."""
+        return self.orders[layer][..., :budget].sort(dim=-1).values
+
+    def cut(self, budget: int) -> Cache:
+        """A cache of A rows, a row an agent, whose heads each hold their best ``budget`` tokens.
+
+        Layers without rankings (sliding windows and others that the model bounds itself) are the
+        model's own. Nothing more is evicted from it: it grows with every token that it is fed.
+        """
+        rows = torch.zeros(next(iter(self.orders.values())).shape[0], dtype=torch.int64)
+        layers: list[Any] = list(self.cache.layers)
+        for number, layer in enumerate(layers):
+            if number in self.orders:
+                kept = self.kept(number, budget)
+                keys, values = _gather(layer.keys, kept), _gather(layer.values, kept)
+                layers[number] = CutLayer(keys, values, self.info.n - kept.shape[-1])
+            else:
+                layers[number] = copy.deepcopy(layer)
+                layers[number].reorder_cache(rows)
+        return Cache(layers=layers)
+
+
+def _gather(states: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """The tokens ``kept`` (A, H, b) of states (1, H, n, d): (A, H, b, d)."""
+    where = kept.unsqueeze(-1).expand(-1, -1, -1, states.shape[-1])
+    return states.expand(len(kept), -1, -1, -1).gather(2, where)
+
+
+class Cutter:
+    """Reads recorded prompts with a model, each to be cut as every agent would cut it.
+
+    This is the protocol of kvpress and SnapKV: the prompt is read in full, each head's cache is
+    cut once to its budget, and what follows (a question, a text) meets what is left and is kept
+    whole. Scores come from the trace, so an agent may need what decoding could not give it.
+
+    Args:
+        model: the model that the sets were recorded from.
+        sets: trace sets with every full-attention layer.
+        scorers: agent -> scorer of every head; an age term counts as at the prompt's end.
+        budgets: as fractions of the prompt.
+        sinks: the first tokens, kept by every agent.
+        recent: the last tokens, kept by every agent.
+
+    Attributes:
+        agents: their names, in the order of a cut cache's rows.
+        oracle: the agent that ranks by the recorded future, if there is one.
+
+    Raises:
+        KvenvError: if the sets are of another model or lack layers, a scorer is of another model
+            or lacks heads, or a budget cannot hold sinks and recent of some prompt.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sets: Sequence[TraceSet],
+        scorers: Mapping[str, Scorer],
+        *,
+        budgets: Sequence[float],
+        sinks: int = 4,
+        recent: int = 16,
+    ) -> None:
+        check_recorded(model, sets)
+        if not scorers:
+            raise KvenvError("no agents given: name at least one")
+        layers = full_attention_layers(model.config)
+        heads = [(layer, head) for layer in layers for head in range(sets[0].model.kv_heads)]
+        for traces in sets:
+            if missing := sorted(set(layers) - set(traces.model.layers)):
+                raise KvenvError(
+                    f"{traces.path} lacks the full-attention layers {missing}, which a cut needs: "
+                    "record it without --layers"
+                )
+        for name, scorer in scorers.items():
+            if check := getattr(scorer, "check_model", None):
+                check(sets[0].model)
+            _check_covers(name, scorer, heads)
+        self.model, self.sets, self.sinks, self.recent = model, sets, sinks, recent
+        self.budgets, self.agents = tuple(dict.fromkeys(map(float, budgets))), tuple(scorers)
+        self.oracle = next((n for n, one in scorers.items() if kind_of(one) == "oracle"), None)
+        self._scorers, self._heads = scorers, heads
+        self._check_budgets()
+
+    def __len__(self) -> int:
+        return sum(map(len, self.sets))
+
+    def __iter__(self) -> Iterator[Prompt]:
+        """Every prompt of every set, in order."""
+        for traces in self.sets:
+            for index in range(len(traces)):
+                yield self.read(traces, index)
+
+    @torch.inference_mode()
+    def read(self, traces: TraceSet, index: int) -> Prompt:
+        """Run the model over an episode's prompt and rank it with every scorer."""
+        info = traces.info(index)
+        tokens = torch.from_numpy(traces.tokens(index)).long().to(self.model.device)
+        cache = DynamicCache(config=self.model.config)
+        logits = forward(self.model, cache, tokens[None, : info.n], 0, keep=1)[:, -1]
+        _, scores = score_prompt(traces, index, self._scorers, self._heads, self.model.device)
+        orders = torch.stack([self._order(one) for one in scores.values()])
+        per_layer = orders.unflatten(1, (-1, traces.model.kv_heads)).unbind(1)
+        layers = dict.fromkeys(layer for layer, _ in self._heads)
+        ranked = dict(zip(layers, per_layer, strict=True))
+        return Prompt(traces, info, tokens[info.n :], logits, cache, ranked)
+
+    def _order(self, scores: torch.Tensor) -> torch.Tensor:
+        """Rankings (heads, n) from scores at the prompt's end, sinks and recent tokens first."""
+        # Whatever a scorer says stays below what is protected.
+        return ranking(protect(scores.clamp(FLOAT32.min, FLOAT32.max), self.sinks, self.recent))
+
+    def _check_budgets(self) -> None:
+        if not self.budgets:
+            raise KvenvError("no budgets given: give fractions of the prompt such as 0.25")
+        if self.sinks < 0 or self.recent < 0:
+            raise KvenvError(
+                f"sinks {self.sinks} and recent {self.recent} must be numbers of tokens: give 0 "
+                "or more"
+            )
+        least = self.sinks + self.recent
+        for traces in self.sets:
+            for index in range(len(traces)):
+                n = traces.info(index).n
+                for fraction in self.budgets:
+                    budget = budget_tokens(fraction, n)
+                    if budget < min(least, n):
+                        raise KvenvError(
+                            f"budget {fraction:g} of the {n} prompt tokens of episode {index} of "
+                            f"{traces.path} is {budget}, below sinks {self.sinks} + recent "
+                            f"{self.recent}: raise it, or lower sinks or recent"
+                        )
+
+
+def check_recorded(model: PreTrainedModel, sets: Sequence[TraceSet]) -> None:
+    """Raise `KvenvError` unless every set was recorded from the model, by its fingerprint."""
+    same_model(sets)
+    recorded = sets[0].model
+    if fingerprint(model) != recorded.fingerprint:
+        raise KvenvError(
+            f"{sets[0].path} was recorded from {recorded.id}, not {model.config._name_or_path}: "
+            f"give --model {recorded.id}"
+        )
+
+
+@torch.inference_mode()
+def forward(
+    model: PreTrainedModel, cache: Cache, tokens: torch.Tensor, start: int, keep: int = 0
+) -> torch.Tensor:
+    """Feed a cache further tokens at their true positions.
+
+    Args:
+        model: the model.
+        cache: grows by the tokens.
+        tokens: (B, q).
+        start: position of the first of them.
+        keep: for how many of the last tokens logits are given; 0 for all.
+
+    Returns:
+        (B, keep or q, V) logits.
+    """
+    rows, q = tokens.shape
+    positions = torch.arange(start, start + q, device=tokens.device).expand(rows, q)
+    return model(
+        tokens, past_key_values=cache, position_ids=positions, use_cache=True, logits_to_keep=keep
+    ).logits
+
+
+def _check_covers(name: str, scorer: Scorer, heads: Sequence[Head]) -> None:
+    missing = [] if scorer.heads is None else [head for head in heads if head not in scorer.heads]
+    if missing:
+        shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        raise KvenvError(
+            f"agent {name} has no scores for {len(missing)} of the {len(heads)} heads (layer, KV "
+            f"head) {shown}: train it on all heads, or leave it out"
+        )

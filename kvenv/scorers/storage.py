@@ -1,0 +1,223 @@
+"""The files of a bundle: written whole or not at all, and checked number by number when read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from kvenv.errors import KvenvError
+from kvenv.scorers.base import Head
+from kvenv.scorers.network import Architecture, PerHeadMLP
+
+FORMAT, VERSIONS = "kvenv-scorer", (1, 2)
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""What weights may be stored in."""
+
+NORMALISATION = ("mean", "std")
+"""Stored as float32 always: few numbers, and keys' large means would lose the most."""
+
+
+def version_for(architecture: Architecture) -> int:
+    """The oldest version whose readers know everything that an architecture asks for.
+
+    Those of version 1 know neither an age term nor the features beyond the first four.
+    """
+    known = {"key", "value", "position", "fill"}
+    return 2 if architecture.age or set(architecture.features) - known else 1
+
+
+def is_bundle(folder: str | Path) -> bool:
+    """Whether a folder holds a bundle (and not a model, whose files have the same names)."""
+    try:
+        config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("format") == FORMAT
+
+
+def local_folder(source: str | Path) -> Path:
+    """Where a bundle's files are, downloaded if the source is a hub id."""
+    if Path(source).exists():
+        if not all((Path(source) / name).is_file() for name in (CONFIG, WEIGHTS)):
+            raise KvenvError(
+                f"{str(source)!r} is not a bundle: it should hold {CONFIG} and {WEIGHTS}"
+            )
+        return Path(source)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=[CONFIG, WEIGHTS, CARD]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise KvenvError(
+            f"no bundle {str(source)!r}: no such folder, and the Hugging Face hub gave none"
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A bundle's configuration, if it is one that this kvenv reads."""
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise KvenvError(
+            f"{path} cannot be read as JSON ({error}): export the agent again"
+        ) from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise KvenvError(f"{path} is not a {FORMAT} file: give a folder that `kvenv train` wrote")
+    if config.get("version") not in VERSIONS:
+        raise KvenvError(
+            f"{path} has version {config.get('version')!r}, not "
+            f"{' or '.join(map(str, VERSIONS))}: update kvenv"
+        )
+    asked = config.get("architecture")
+    options = {option.name for option in fields(Architecture)}
+    if isinstance(asked, dict) and (newer := sorted(asked.keys() - options)):
+        raise KvenvError(
+            f"{path} asks for an architecture's {', '.join(newer)}, which this kvenv does not "
+            "know: update kvenv"
+        )
+    return config
+
+
+def read_card(folder: Path) -> str | None:
+    """A bundle's card, if it has one."""
+    try:
+        return (folder / CARD).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise KvenvError(f"{folder / CARD} cannot be read ({error}): mend or delete it") from error
+
+
+def read_weights(network: PerHeadMLP, path: Path) -> None:
+    """Load a bundle's numbers, of any of `DTYPES`, into a float32 network."""
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise KvenvError(f"{path} is damaged ({error}): export the agent again") from error
+    wanted = network.state_dict()
+    if state.keys() != wanted.keys():
+        odd = sorted(state.keys() ^ wanted.keys())
+        raise KvenvError(f"{path} does not fit its {CONFIG}: tensors {odd} are missing or too many")
+    for name, tensor in state.items():
+        if tensor.shape != wanted[name].shape:
+            raise KvenvError(
+                f"{path} does not fit its {CONFIG}: {name} is {tuple(tensor.shape)}, "
+                f"not {tuple(wanted[name].shape)}"
+            )
+        if tensor.dtype not in DTYPES:
+            raise KvenvError(
+                f"{path} holds {name} as {_spell(tensor.dtype)}: export the agent again, as "
+                f"{' or '.join(map(_spell, DTYPES))}"
+            )
+        if (odd_one := _not_finite(tensor, network.heads)) is not None:
+            raise KvenvError(
+                f"{path} holds NaN or infinite numbers in {name} ({odd_one}): "
+                "export the agent again from a sound checkpoint"
+            )
+    network.load_state_dict(state)
+
+
+def stored(network: PerHeadMLP, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """A network's numbers as they are stored.
+
+    Args:
+        network: the networks.
+        dtype: of the weights; the normalisation stays float32.
+
+    Raises:
+        KvenvError: if the dtype is none of `DTYPES`, or a number is NaN, infinite or too large for
+            it, naming the head.
+    """
+    if dtype not in DTYPES:
+        raise KvenvError(f"dtype {dtype} stores no weights: choose {', '.join(map(str, DTYPES))}")
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in network.state_dict().items():
+        if (where := _not_finite(tensor, network.heads)) is not None:
+            raise KvenvError(
+                f"{name} holds NaN or infinite numbers ({where}): train again with a smaller lr"
+            )
+        kept = tensor.to(torch.float32 if name in NORMALISATION else dtype)
+        if (where := _not_finite(kept, network.heads)) is not None:
+            raise KvenvError(
+                f"{name} holds numbers too large for {_spell(dtype)} ({where}): save as float32"
+            )
+        state[name] = kept.detach().cpu().contiguous()
+    return state
+
+
+def write_bundle(
+    folder: Path, config: Mapping[str, Any], state: Mapping[str, torch.Tensor], card: str | None
+) -> None:
+    """Write a bundle's files beside ``folder`` and then put them in its place.
+
+    Raises:
+        KvenvError: if it cannot be written; what was there is then as before.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    try:
+        save_file(dict(state), scratch / WEIGHTS, metadata={"format": "pt"})
+        (scratch / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if card is not None:
+            (scratch / CARD).write_text(card, encoding="utf-8")
+        scratch.chmod(0o755)
+        if folder.exists():
+            _replace(folder, scratch)
+        else:
+            scratch.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise unwritable(folder, error) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def unwritable(folder: Path, error: Exception) -> KvenvError:
+    """What to raise when a bundle's file could not be written."""
+    reason = getattr(error, "strerror", None) or error
+    return KvenvError(
+        f"bundle {str(folder)!r} could not be written ({reason}): free some space or choose "
+        "another --out"
+    )
+
+
+def _replace(folder: Path, scratch: Path) -> None:
+    """Put ``scratch`` in the place of ``folder``, which comes back if that fails."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        folder.rename(aside / "replaced")
+        try:
+            scratch.rename(folder)
+        except OSError:
+            (aside / "replaced").rename(folder)
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _not_finite(tensor: torch.Tensor, heads: Sequence[Head]) -> str | None:
+    """The first head with a number that is NaN or infinite."""
+    rows = (~torch.isfinite(tensor)).flatten(1).any(1)
+    if not rows.any():
+        return None
+    layer, head = heads[int(rows.nonzero()[0])]
+    return f"layer {layer} head {head}"
+
+
+def _spell(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
