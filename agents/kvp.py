@@ -59,7 +59,7 @@ class KVP(RankingAgent):
         if step >= self.warm_start * self.steps:
             return policy_gradient(scores, utility, self.samples, self.credit, noise)
         if self.warm_signal == "pairwise":
-            return objectives.pairwise(scores, utility, 16, noise)
+            return objectives.pairwise(scores, utility, objectives.PAIRS, noise)
         if self.warm_signal == "listwise":
             return objectives.listwise(scores, utility)
-        return objectives.regression(scores, utility, 1e-3)
+        return objectives.regression(scores, utility, objectives.FLOOR)

@@ -22,7 +22,7 @@ class Pairwise(RankingAgent):
         pairs: partners drawn for each token and step.
     """
 
-    pairs: int = 16
+    pairs: int = objectives.PAIRS
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -20,7 +20,7 @@ class Regression(RankingAgent):
         floor: future attention, in shares of the mean, below which differences hardly count.
     """
 
-    floor: float = 1e-3
+    floor: float = objectives.FLOOR
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,8 +2,9 @@
 
 python examples/build_zoo.py kvp-smollm2-135m --work runs/zoo    # or kvp-gemma-3-270m
 
-The agent lands in WORK/NAME. What an earlier run has finished is not done again, so an interrupted
-run goes on where it was. About an hour and a half on 2 CPU cores, minutes on a GPU.
+The agent lands in WORK/NAME. What an earlier run has recorded and trained is not done again, so an
+interrupted run goes on where it was; another --share needs another --work. About an hour and a half
+on 2 CPU cores, minutes on a GPU.
 """
 
 from __future__ import annotations
@@ -35,49 +36,49 @@ LENGTHS = {
     "ruler": "--prompt-tokens 1024 --future-tokens 192 --prompting agnostic",
 }
 AGENTS = {
-    "kvp-smollm2-135m": ("smollm2-135m", "--steps 8000"),
-    "kvp-gemma-3-270m": ("gemma-3-270m", "--steps 8000 --hidden 256,256"),
+    "kvp-smollm2-135m": ("smollm2-135m", "text-train,text-train-1,ruler-train", "--steps 8000"),
+    "kvp-gemma-3-270m": ("gemma-3-270m", "text-train,ruler-train", "--steps 4000 --hidden 256,256"),
 }
-"""Name -> model, and the options of KVP's that are not its defaults."""
+"""Name -> model, training sets, and the options of KVP's that are not its defaults."""
+VALIDATION, TESTS = "text-validation,ruler-validation", "text-test,ruler-test"
 OTHERS = "random,streaming,knorm,keydiff,lagkv,tova,snapkv,h2o,observed,expected,oracle"
 LIMITS = (
-    "It was trained on Python sources and synthetic retrieval prompts of about a thousand tokens; "
-    "measure it on your own text before relying on it.",
-    "It ranks tokens for one model with exactly these weights; another fine-tune needs another "
-    "agent.",
+    "It was trained on Python sources and synthetic retrieval prompts; measure it on your own text "
+    "before relying on it.",
 )
 
 
 def main() -> None:
     """Do what is not done yet."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("name", choices=AGENTS)
     parser.add_argument("--work", type=Path, default=Path("runs/zoo"))
     parser.add_argument("--share", type=float, default=1.0, help="of the episodes and steps")
     args = parser.parse_args()
-    model, options = AGENTS[args.name]
+    model, train, options = AGENTS[args.name]
     work, out = args.work / model, args.work / args.name
 
-    for name, line in SETS.items():
-        lengths = LENGTHS[name.split("-")[0]]
-        run(f"record {scaled(line, args.share)} {lengths} --model {model} --out {work / name}")
+    def recorded(names: str) -> str:
+        """Record sets, or what is missing of them; their folders, separated by commas."""
+        for name in names.split(","):
+            line = f"{scaled(SETS[name], args.share)} {LENGTHS[name.split('-')[0]]}"
+            run(f"record {line} --model {model} --out {work / name}")
+        return ",".join(str(work / name) for name in names.split(","))
+
     if not (work / "kvp").exists():
-        train, validation = (
-            ",".join(str(work / name) for name in SETS if part in name)
-            for part in ("-train", "-validation")
-        )
         resume = " --resume" if (work / "kvp.checkpoint").exists() else ""
         run(
-            f"train kvp --traces {train} --validation {validation} --out {work / 'kvp'} "
-            f"{scaled(options, args.share)}{resume}"
+            f"train kvp --traces {recorded(train)} --validation {recorded(VALIDATION)} "
+            f"--out {work / 'kvp'} {scaled(options, args.share)}{resume}"
         )
     NetworkScorer.from_pretrained(work / "kvp").save_pretrained(out, dtype=torch.float16)
     results = []
-    for test in ("text-test", "ruler-test"):
-        figures = work / f"{test}.json"
-        run(f"evaluate --traces {work / test} --agents {out},{OTHERS} --json {figures}")
+    for test in recorded(TESTS).split(","):
+        figures = Path(f"{test}.json")
+        run(f"evaluate --traces {test} --agents {out},{OTHERS} --json {figures}")
         results.append(json.loads(figures.read_text()))
-    command = f"python examples/build_zoo.py {args.name}"
+    share = f" --share {args.share:g}" if args.share != 1 else ""
+    command = f"python examples/build_zoo.py {args.name}{share}"
     write_card(out, results, command, limits=LIMITS)
     console.print(f"wrote {out}", markup=False)
 

@@ -44,12 +44,13 @@ def main() -> None:
         task, length = pair
         traces = args.work / args.model / f"{task}-{length}"
         figures = traces.with_suffix(".json")
-        if not figures.exists():
+        what = f"--agents {args.agents} --tasks accuracy --budgets {args.budgets}"
+        evaluate = f"evaluate --traces {traces} {what} --json {figures}"
+        if not done(figures, evaluate, args.prompts):
             recipe = f"--tasks {task} --prompting agnostic --split test --stats"
             size = f"--episodes {args.prompts} --prompt-tokens {length} --future-tokens 192"
             run(f"record ruler {recipe} {size} --model {args.model} --out {traces}")
-            what = f"--tasks accuracy --budgets {args.budgets}"
-            run(f"evaluate --traces {traces} --agents {args.agents} {what} --json {figures}")
+            run(evaluate)
         return figures
 
     pairs = [(t, int(n)) for n in args.lengths.split(",") for t in args.tasks.split(",")]
@@ -58,6 +59,15 @@ def main() -> None:
     result = {**provenance(), "model": args.model, "accuracy": joined(parts)}
     print_tasks(result)
     write_json(args.json, result)
+
+
+def done(figures: Path, evaluate: str, prompts: int) -> bool:
+    """Whether an earlier run has measured just this: the same agents, budgets and prompts."""
+    if not figures.exists():
+        return False
+    found = json.loads(figures.read_text())
+    groups = found["accuracy"]["groups"]
+    return found["command"].endswith(evaluate) and groups[0]["prompts"] == prompts
 
 
 def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -69,7 +79,8 @@ def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def run(line: str) -> None:
     """Print a command and run it in a process of its own."""
     console.print(f"$ kvenv {line}", markup=False, soft_wrap=True)
-    subprocess.run([sys.executable, "-m", "kvenv.cli", *line.split()], check=True)
+    if status := subprocess.call([sys.executable, "-m", "kvenv.cli", *line.split()]):
+        raise SystemExit(status)
 
 
 if __name__ == "__main__":

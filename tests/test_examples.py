@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import runpy
 import shlex
+import shutil
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -90,7 +93,7 @@ ABLATION = ["--train", "sample", "--validation", "sample", "--heads", "10:1", "-
 
 def test_ablation_compares_variants(monkeypatch, capsys) -> None:
     run("ablation.py", *ABLATION, "--only", "s*: *double", monkeypatch=monkeypatch)
-    run("ablation.py", *ABLATION, "--only", "signal: [pl]*", monkeypatch=monkeypatch)
+    run("ablation.py", *ABLATION, "--only", "signal: [pl]*[!d]", monkeypatch=monkeypatch)
     names = ["signal: pairwise", "signal: pairwise, 64 pairs", "signal: listwise"]
     results = json.loads(Path("ablation.json").read_text())["variants"]
     assert list(results) == names
@@ -107,7 +110,7 @@ def test_ablation_compares_variants(monkeypatch, capsys) -> None:
 def test_ablation_knows_its_variants(monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit):
         run("ablation.py", "--only", "luck*", monkeypatch=monkeypatch)
-    assert "matches none of: signal: expected reward" in capsys.readouterr().err
+    assert "matches none of: signal: pairwise, then expected" in capsys.readouterr().err
 
 
 def test_every_variant_of_the_ablation_is_one_that_its_agent_takes() -> None:
@@ -136,6 +139,81 @@ def test_learning_curves_are_drawn(monkeypatch) -> None:
         }
         assert results[title]["test"]["oracle"]["10:1"]["mean"] > 0.9
     assert np.asarray(Image.open("learning_curves.png")).std() > 10
+
+
+@pytest.fixture
+def tiny(checkpoints) -> str:
+    """A model of bytes, in the working directory."""
+    shutil.copytree(checkpoints(0), "tiny")
+    return "tiny"
+
+
+def module(name: str) -> ModuleType:
+    """An example whose constants can be changed before it runs."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+def commands(printed: str) -> list[str]:
+    """The first two words of every command that an example said it ran."""
+    return [" ".join(line.split()[2:4]) for line in printed.splitlines() if line.startswith("$ ")]
+
+
+def test_the_zoo_is_rebuilt_and_what_is_trained_is_not_trained_again(
+    tiny: str, monkeypatch, capsys
+) -> None:
+    zoo = module("build_zoo")
+    sizes = {"text": "60 --future-tokens 8", "ruler": "300 --future-tokens 120"}
+    for workload, size in sizes.items():
+        zoo.LENGTHS[workload] = f"--prompt-tokens {size}"
+    for name, line in zoo.SETS.items():
+        needles = " --tasks niah_single --prompting agnostic" if "ruler" in name else ""
+        zoo.SETS[name] = f"{line}{needles}"
+    sets = next(iter(zoo.AGENTS.values()))[1]
+    zoo.AGENTS["kvp-tiny"] = (tiny, sets, "--steps 200 --hidden 4")
+    words = ["build_zoo.py", "kvp-tiny", "--work", "zoo", "--share", "0.01"]
+    monkeypatch.setattr(sys, "argv", words)
+    zoo.main()
+    first = commands(capsys.readouterr().out)
+    assert first.count("train kvp") == 1
+    assert len([line for line in first if line.startswith("record")]) == len(zoo.SETS)
+    bundle = Path("zoo/kvp-tiny")
+    scorer = load_scorer(bundle)
+    assert scorer.training["options"]["steps"] == 2
+    assert len(scorer.training["traces"]) == len(sets.split(","))
+    assert scorer.network.weights[0].shape == (4, 16, 4)
+    for figures in ("text-test", "ruler-test"):
+        agents = json.loads(Path(f"zoo/tiny/{figures}.json").read_text())["agents"]
+        assert list(agents) == ["kvp-tiny", *zoo.OTHERS.split(",")]
+    card = (bundle / "README.md").read_text()
+    assert "\npython examples/build_zoo.py kvp-tiny --share 0.01\n" in card
+    assert all(limit in card for limit in zoo.LIMITS)
+    zoo.main()
+    assert "train kvp" not in commands(capsys.readouterr().out)
+    assert (bundle / "README.md").read_text() == card
+
+
+@pytest.mark.slow
+def test_the_ruler_table_measures_what_is_missing(tiny: str, monkeypatch, capfd) -> None:
+    table = module("ruler_table")
+
+    def measured(agents: str) -> list[str]:
+        line = f"--model {tiny} --agents {agents} --tasks niah_single --lengths 300"
+        monkeypatch.setattr(sys, "argv", ["ruler_table.py", *line.split(), "--prompts", "2"])
+        table.main()
+        (group,) = json.loads(Path("ruler.json").read_text())["accuracy"]["groups"]
+        assert (group["task"], group["prompts"]) == ("niah_single", 2)
+        assert list(group["agents"]) == agents.split(",")
+        return commands(capfd.readouterr().out)
+
+    both = ["record ruler", "evaluate --traces"]
+    assert measured("knorm,expected") == both
+    assert measured("knorm,expected") == []
+    assert measured("knorm") == both
 
 
 @pytest.mark.slow

@@ -200,7 +200,7 @@ class LongBench(benchmarks.Benchmark):
         context, asked = row["context"], row["input"].rstrip(" ")
         if "{input}" not in prompt.question:
             context, asked = context + asked, ""
-        elif prompt.starts in asked and prompt.starts:
+        elif prompt.starts and prompt.starts in asked:
             passage, mark, rest = asked.rpartition(prompt.starts)
             context, asked = f"{context}\n\n{passage}", mark + rest
         facts: dict[str, Any] = {"first_line": True} if prompt.few_shot else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json as jsonlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,16 +30,22 @@ def parse_heads(text: str) -> list[Head]:
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
-    """Write figures to a file, whole or not at all."""
+    """Write figures to the file that --json names, whole or not at all."""
+    write_text(path, jsonlib.dumps(result, indent=1) + "\n", "--json")
+
+
+def write_text(path: Path, text: str, option: str) -> None:
+    """Write the file that an option names, whole or not at all, and say so."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(jsonlib.dumps(result, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise KvenvError(
-            f"{str(path)!r} could not be written: {error.strerror}; choose another --json"
+            f"{str(path)!r} could not be written: {error.strerror}; choose another {option}"
         ) from error
     console.print(f"wrote {path}", markup=False, soft_wrap=True)
 

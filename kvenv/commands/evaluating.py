@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from kvenv.commands.common import listed, parse_heads, pick_device, trace_sets, write_json
 from kvenv.display import print_results, progress_bar
 from kvenv.errors import KvenvError
 from kvenv.scorers import Head, Scorer, load_scorer
 from kvenv.trace import TraceSet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def evaluate(
@@ -35,9 +38,10 @@ def evaluate(
     retention: the share of the future's attention that the best-ranked tokens hold, at budgets
     1/16, 1/8, 1/4, 1/2 and averaged over all, and closure, with and without the first 4 tokens.
     perplexity: of the future, once the prompt's cache was cut. accuracy: of the answers, likewise
-    (ruler, boolq, ...). streaming: perplexity of whole texts, token by token in a cache of fixed
+    (ruler, boolq, ...). streaming: perplexity of whole texts, fed in steps to a cache of fixed
     size. conversation: the same turn by turn (chat). All with 95 % bootstrap intervals over
-    documents; learned agents beside the best heuristic, paired over documents.
+    documents; paired over documents, retention also sets learned agents beside the best heuristic,
+    and perplexities are set beside the full cache's.
 
     Args:
         traces: held-out trace sets, separated by commas.
@@ -75,6 +79,11 @@ def evaluate(
     chosen = parse_heads(heads) if heads else None
     place = pick_device(device)
     described = sets[0].model
+    asked = [task for task in tasks if task != "retention"]
+    # What may not be there is asked for before anything is measured.
+    source = model or described.id
+    loaded = models.load(source, dtype=dtype, device=place) if asked else None
+    tokenizer = models.load_tokenizer(source) if texts else None
     result: dict[str, Any] = {
         "format": "kvenv-evaluation",
         "version": 2,
@@ -86,11 +95,10 @@ def evaluate(
     }
     if "retention" in tasks:
         result |= _retention(sets, scorers, chosen, place)
-        if texts:
-            result["texts"] = _token_views(sets, scorers, chosen, texts, place)
+        if tokenizer is not None:
+            result["texts"] = _token_views(sets, scorers, chosen, texts, tokenizer, place)
         print_results(result)
-    if asked := [task for task in tasks if task != "retention"]:
-        language_model, tokenizer = models.load(model or described.id, dtype=dtype, device=place)
+    if loaded is not None:
         with progress_bar("passes") as progress:
             bar = progress.add_task(", ".join(asked), total=None, note="")
 
@@ -99,8 +107,7 @@ def evaluate(
                 progress.update(bar, total=total, completed=total - left)
 
             found = evaluate_tasks(
-                language_model,
-                tokenizer,
+                *loaded,
                 sets,
                 scorers,
                 asked,
@@ -134,15 +141,14 @@ def _token_views(
     scorers: dict[str, Scorer],
     heads: list[Head] | None,
     count: int,
+    tokenizer: PreTrainedTokenizerBase,
     device: str,
 ) -> list[dict[str, Any]]:
     """Token views of the first episodes of ``count`` documents, or of all if there are fewer."""
     from kvenv.evaluation.retention import shared_heads
     from kvenv.evaluation.texts import token_view
-    from kvenv.recording.models import load_tokenizer
 
     chosen = shared_heads(sets, scorers, heads)
-    tokenizer = load_tokenizer(sets[0].model.id)
     firsts: dict[str, tuple[TraceSet, int]] = {}
     for traces in sets:
         for index in range(len(traces)):

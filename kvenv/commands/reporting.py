@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kvenv.commands.common import listed
-from kvenv.display import console
+from kvenv.commands.common import listed, write_text
 from kvenv.errors import KvenvError
 
 
@@ -23,15 +22,7 @@ def report(files: str, out: Path = Path("report.html")) -> None:
     from kvenv.report import render
 
     names = listed(files, "files")
-    page = render([_read(Path(name)) for name in names], names)
-    temporary = out.with_name(f".{out.name}.tmp")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
-    console.print(f"wrote {out}", markup=False, soft_wrap=True)
+    write_text(out, render([_read(Path(name)) for name in names], names), "--out")
 
 
 def _read(path: Path) -> Any:

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from kvenv.errors import KvenvError
 from kvenv.evaluation.cut import Cutter, Prompt, forward
 from kvenv.evaluation.metrics import score
-from kvenv.evaluation.statistics import interval
+from kvenv.evaluation.statistics import interval, paired
 from kvenv.recording import tokens
 from kvenv.trace import EpisodeInfo, TraceSet
 from kvenv.utility import budget_tokens
@@ -102,10 +103,11 @@ class Accuracy:
             cut = np.array(group.cut)
             return {
                 "prompts": len(group.full),
-                "full": interval(np.array(group.full), group.documents),
+                "full": _interval(np.array(group.full), group.documents),
                 "agents": {
                     name: {
-                        str(fraction): interval(cut[:, row, column], group.documents)
+                        str(fraction): _interval(cut[:, row, column], group.documents)
+                        | self._compared(name, cut[:, row], group.documents)
                         for row, fraction in enumerate(self._cutter.budgets)
                     }
                     for column, name in enumerate(self._cutter.agents)
@@ -120,6 +122,27 @@ class Accuracy:
                 for (task, prompting, length), group in sorted(self._groups.items())
             ],
         }
+
+    def _compared(
+        self, name: str, scores: np.ndarray, documents: list[str]
+    ) -> dict[str, dict[str, Any]]:
+        """A learned agent's paired differences, from all agents' scores (episodes, agents).
+
+        "versus_heuristic" is to the one that is right most often, named as "baseline".
+        """
+        kinds, mine = self._cutter.kinds, scores[:, self._cutter.agents.index(name)]
+        if kinds[name] != "learned":
+            return {}
+        found: dict[str, dict[str, Any]] = {}
+        means = dict(zip(self._cutter.agents, scores.mean(0), strict=True))
+        if rivals := [agent for agent in means if kinds[agent] == "heuristic"]:
+            best = max(rivals, key=means.__getitem__)
+            theirs = scores[:, self._cutter.agents.index(best)]
+            found["versus_heuristic"] = {"baseline": best, **paired(mine, theirs, documents)}
+        if self._cutter.oracle is not None:
+            theirs = scores[:, self._cutter.agents.index(self._cutter.oracle)]
+            found["versus_oracle"] = paired(mine, theirs, documents)
+        return found
 
     def _ask(self, prompt: Prompt, cache: Cache, rows: int) -> tuple[torch.Tensor, int]:
         """The question, where it follows the cut: logits (rows, V) after it, and its length."""
@@ -170,6 +193,18 @@ class Accuracy:
                 "evicted: record it with prompting agnostic"
             )
         return choices
+
+
+def _interval(scores: np.ndarray, documents: list[str]) -> dict[str, float]:
+    """Mean and 95 % interval: Wilson's for scores of 0 and 1, which a bootstrap is too sure of.
+
+    Where all are right, or all are wrong, every resample is the same.
+    """
+    if len(set(documents)) == len(documents) and np.isin(scores, (0, 1)).all():
+        right = int(scores.sum())
+        ends = stats.binomtest(right, len(scores)).proportion_ci(method="wilson")
+        return {"mean": right / len(scores), "low": float(ends.low), "high": float(ends.high)}
+    return interval(scores, documents)
 
 
 def _agnostic(info: EpisodeInfo) -> bool:

@@ -124,6 +124,7 @@ class Cutter:
 
     Attributes:
         agents: their names, in the order of a cut cache's rows.
+        kinds: agent -> learned, heuristic or oracle.
         oracle: the agent that ranks by the recorded future, if there is one.
 
     Raises:
@@ -158,7 +159,8 @@ class Cutter:
             _check_covers(name, scorer, heads)
         self.model, self.sets, self.sinks, self.recent = model, sets, sinks, recent
         self.budgets, self.agents = tuple(dict.fromkeys(map(float, budgets))), tuple(scorers)
-        self.oracle = next((n for n, one in scorers.items() if kind_of(one) == "oracle"), None)
+        self.kinds = {name: kind_of(one) for name, one in scorers.items()}
+        self.oracle = next((n for n, kind in self.kinds.items() if kind == "oracle"), None)
         self._scorers, self._heads = scorers, heads
         self._check_budgets()
 

@@ -131,7 +131,7 @@ def score(facts: Mapping[str, Any], text: str) -> float:
 
     Args:
         facts: the episode's metadata: answers, and metric (one of `METRICS`; RULER's episodes have
-            a task instead); if given, classes (see `classification`) and first_line: whether only
+            only a task); if given, classes (see `classification`) and first_line: whether only
             the text's first line that is not empty counts.
         text: what the model answered.
 
@@ -139,9 +139,9 @@ def score(facts: Mapping[str, Any], text: str) -> float:
         KvenvError: for an unknown metric, or no answers.
     """
     answers = [str(answer) for answer in facts.get("answers", ())]
-    if "metric" not in facts:
-        return ruler.score(answers, text, str(facts.get("task")))
-    name = str(facts["metric"])
+    if "metric" not in facts and "task" in facts:
+        return ruler.score(answers, text, str(facts["task"]))
+    name = str(facts.get("metric"))
     check_choice("metric", name, tuple(METRICS))
     if facts.get("first_line"):
         text = text.lstrip("\n").split("\n")[0]

@@ -27,9 +27,19 @@ class Perplexity:
 
     Args:
         cutter: agents, budgets and model.
+
+    Raises:
+        KvenvError: if the future of an episode has fewer than two tokens.
     """
 
     def __init__(self, cutter: Cutter) -> None:
+        for traces in cutter.sets:
+            for index in range(len(traces)):
+                if (length := traces.info(index).T) < 2:
+                    raise KvenvError(
+                        f"episode {index} of {traces.path} has {length} future token: perplexity "
+                        "needs two or more, record it with more future tokens"
+                    )
         self._cutter = cutter
         self._documents: list[str] = []
         self._tokens = 0
@@ -38,17 +48,8 @@ class Perplexity:
 
     @torch.inference_mode()
     def add(self, prompt: Prompt) -> None:
-        """Measure one episode.
-
-        Raises:
-            KvenvError: if its future has fewer than two tokens.
-        """
+        """Measure one episode."""
         length, n = len(prompt.future), prompt.info.n
-        if length < 2:
-            raise KvenvError(
-                f"episode {prompt.info.index} of {prompt.traces.path} has {length} future token: "
-                "perplexity needs two or more, record it with more future tokens"
-            )
 
         def mean(cache: Cache, rows: int) -> list[float]:
             tokens = prompt.future.expand(rows, -1)
@@ -81,7 +82,7 @@ class Perplexity:
 
         budgets = [str(fraction) for fraction in self._cutter.budgets]
         return {
-            "prompting": "cut once",
+            "protocol": "cut once",
             "sinks": self._cutter.sinks,
             "recent": self._cutter.recent,
             "tokens": self._tokens,

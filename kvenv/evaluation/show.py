@@ -11,6 +11,9 @@ from kvenv.display import console
 
 Figure = Mapping[str, float]
 
+SPREAD = "mean ± half the 95 % interval over documents"
+ABOVE = f"{SPREAD} (above the full cache's)"
+
 
 def print_tasks(result: Mapping[str, Any]) -> None:
     """The sections of `kvenv.evaluation.tasks.evaluate_tasks`, a table each (accuracy: a group)."""
@@ -32,7 +35,7 @@ def _perplexities(name: str, section: Mapping[str, Any]) -> None:
     }[name]
     tokens = "" if name == "perplexity" else " tokens"
     agents = section["agents"]
-    table = _table(f"{what} ({counted}; {kept})", _budgets(agents), tokens)
+    table = _table(f"{what} ({counted}; {kept})", _budgets(agents), tokens, ABOVE)
     table.add_row("full cache", _spread(section["full"], ".2f"))
     for agent in sorted(agents, key=lambda one: _mean(agents[one])):
         cells = [
@@ -59,8 +62,8 @@ def _accuracies(group: Mapping[str, Any]) -> None:
     console.print(table)
 
 
-def _table(title: str, budgets: Sequence[str], unit: str) -> Table:
-    table = Table(title=title, show_edge=False)
+def _table(title: str, budgets: Sequence[str], unit: str, caption: str = SPREAD) -> Table:
+    table = Table(title=title, caption=caption, caption_justify="left", show_edge=False)
     table.add_column("agent", min_width=9)
     for budget in budgets:
         table.add_column(f"{float(budget):g}{unit}", justify="right")

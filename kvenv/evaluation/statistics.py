@@ -9,9 +9,11 @@ import shlex
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from scipy import stats
 
 import kvenv
@@ -220,12 +222,20 @@ def _plain(values: np.ndarray) -> Any:
 def provenance() -> dict[str, Any]:
     """What a published number carries: command, date, versions, machine."""
     versions = {"kvenv": kvenv.__version__, "python": platform.python_version()}
-    for package in ("torch", "transformers", "gymnasium", "stable-baselines3", "numpy", "triton"):
+    for package in (
+        "torch",
+        "transformers",
+        "gymnasium",
+        "stable-baselines3",
+        "numpy",
+        "scipy",
+        "triton",
+    ):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    script = sys.argv[0].endswith(".py") and not sys.argv[0].endswith("__main__.py")
+    script = sys.argv[0].endswith(".py") and Path(sys.argv[0]).name not in ("cli.py", "__main__.py")
     program = ["python", os.path.relpath(sys.argv[0])] if script else ["kvenv"]
     return {
         "command": shlex.join([*program, *sys.argv[1:]]),
@@ -235,6 +245,7 @@ def provenance() -> dict[str, Any]:
             "system": platform.system(),
             "processor": _processor(),
             "cores": os.cpu_count(),
+            **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         },
     }
 

@@ -59,10 +59,11 @@ class Streaming:
         budgets: tokens a head.
         sinks: the first tokens, always kept.
         recent: the last tokens, always kept.
+        step: tokens of a text fed at a time; the cache is back at its budget after each.
 
     Raises:
-        KvenvError: if no agent can decode, one lacks heads or is of another model, or a budget
-            cannot hold sinks and recent.
+        KvenvError: if no agent can decode, one lacks heads or is of another model, a budget cannot
+            hold sinks and recent, or there is no step.
     """
 
     def __init__(
@@ -73,10 +74,13 @@ class Streaming:
         *,
         sinks: int = 4,
         recent: int = 16,
+        step: int = 1,
     ) -> None:
         if not budgets:
             raise KvenvError("no token budgets given: give tokens a head such as 256")
-        self._model = model
+        if step < 1:
+            raise KvenvError(f"step is {step}: feed at least 1 token at a time")
+        self._model, self._step = model, step
         self._budgets = list(dict.fromkeys(budgets))
         self._sinks, self._recent = sinks, recent
         self._scorers = {name: one for name, one in scorers.items() if not one.needs}
@@ -148,20 +152,17 @@ class Streaming:
 
     @torch.inference_mode()
     def run(
-        self, batches: Sequence[Batch], step: int = 1, tick: Callable[[], None] | None = None
+        self, batches: Sequence[Batch], tick: Callable[[], None] | None = None
     ) -> dict[str, Any]:
         """Feed every batch to the full cache and to each agent's at each budget.
 
         Args:
             batches: from `texts` or `conversations`.
-            step: tokens of a text fed at a time; the cache is back at its budget after each.
             tick: called after every pass over a batch.
 
         Returns:
             A "streaming" or "conversation" section of an evaluation, without the step.
         """
-        if step < 1:
-            raise KvenvError(f"step is {step}: feed at least 1 token at a time")
         done = tick or (lambda: None)
         full: list[float] = []
         own: dict[tuple[str, int], list[float]] = defaultdict(list)
@@ -173,7 +174,7 @@ class Streaming:
             for name, scorer in self._scorers.items():
                 for budget in self._budgets:
                     cache = self._cache(scorer, budget, *ids.shape)
-                    sizes = batch.sizes(budget, step)
+                    sizes = batch.sizes(budget, self._step)
                     fed = losses(self._model, cache, ids, sizes, first=first)
                     own[name, budget] += fed.mean(-1).tolist()
                     done()

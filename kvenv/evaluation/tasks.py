@@ -66,7 +66,7 @@ def evaluate_tasks(
         cutter = Cutter(model, sets, scorers, budgets=budgets, sinks=sinks, recent=recent)
         jobs.append(_cut(cutter, tokenizer, tasks))
     if {"streaming", "conversation"} & set(tasks):
-        streaming = Streaming(model, scorers, token_budgets, sinks=sinks, recent=recent)
+        streaming = Streaming(model, scorers, token_budgets, sinks=sinks, recent=recent, step=step)
         jobs.append(_feed(streaming, sets, tasks, step))
     left = sum(passes for passes, _ in jobs)
 
@@ -123,7 +123,7 @@ def _feed(streaming: Streaming, sets: Sequence[TraceSet], tasks: Sequence[str], 
         batches["conversation"] = streaming.conversations(sets)
 
     def run(done: Callable[[], None]) -> dict[str, Any]:
-        found = {name: streaming.run(some, step, done) for name, some in batches.items()}
+        found = {name: streaming.run(some, done) for name, some in batches.items()}
         if "streaming" in found:
             found["streaming"] = {"step": step, **found["streaming"]}
         return found

@@ -86,8 +86,8 @@ def run(
     """Train learners on the same heads of the same traces, one after another in this process.
 
     What counts is the time of training steps, reading the episodes included: not that of measuring
-    on held-out documents, nor of the inputs' means and deviations, which are the same for all. All
-    are warmed up on one head first.
+    on held-out documents, nor of the inputs' means and deviations, which are the same for all (on a
+    GPU the episodes that it has room for are read then, once). All are warmed up on one head first.
 
     Args:
         traces: what to learn from, all of one model.

@@ -82,7 +82,7 @@ def fit(
 
     Memory does not grow with the trace sets: episodes are read from disk as they are needed.
     Every random number comes from (seed, step), so a run that was killed and resumed ends with
-    the weights of one that was not.
+    the weights of one that was not, on the same kind of device.
 
     Args:
         agent: the agent's name, for the bundle.
@@ -177,6 +177,7 @@ def fit(
         "episodes": len(episodes),
         "held_out_episodes": len(held),
         "traces": [t.manifest.origin for t in traces],
+        "device": _device_name(device),
         "seconds": round(_seconds(began, device), 1),
         "curve": curve,
     }
@@ -204,6 +205,10 @@ def evaluate(
         "closure": float(torch.stack(full).mean()),
         "sink_free": float(torch.stack(free).mean()),
     }
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _features(episode: HeadBatch, architecture: Architecture) -> torch.Tensor:

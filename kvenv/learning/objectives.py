@@ -7,6 +7,13 @@ from __future__ import annotations
 
 import torch
 
+from kvenv.learning.plackett_luce import shares
+
+PAIRS = 16
+"""Partners that `pairwise` draws for each token, if not told otherwise."""
+FLOOR = 1e-3
+"""Mass, in shares of the mean, below which differences hardly count for `regression`."""
+
 
 def pairwise(
     scores: torch.Tensor, utility: torch.Tensor, pairs: int, generator: torch.Generator
@@ -27,7 +34,7 @@ def pairwise(
     """
     with torch.no_grad():
         n = scores.shape[-1]
-        mass = _mass(utility, scores.dtype) * n
+        mass = shares(utility, scores.dtype) * n
         gradient = torch.zeros_like(scores)
         for _ in range(pairs):
             partner = torch.randperm(n, generator=generator, device=scores.device)
@@ -49,10 +56,11 @@ def listwise(scores: torch.Tensor, utility: torch.Tensor) -> torch.Tensor:
         utility: (..., n), non-negative; m is it divided by its sum.
 
     Returns:
-        (..., n).
+        (..., n); zeros for a head with no utility, whose m is nothing to follow.
     """
     with torch.no_grad():
-        return scores.softmax(-1) - _mass(utility, scores.dtype)
+        mass = shares(utility, scores.dtype)
+        return scores.softmax(-1) * mass.sum(-1, keepdim=True) - mass
 
 
 def regression(scores: torch.Tensor, utility: torch.Tensor, floor: float) -> torch.Tensor:
@@ -68,9 +76,5 @@ def regression(scores: torch.Tensor, utility: torch.Tensor, floor: float) -> tor
     """
     with torch.no_grad():
         n = scores.shape[-1]
-        target = (_mass(utility, scores.dtype) * n + floor).log()
+        target = (shares(utility, scores.dtype) * n + floor).log()
         return (scores - target) / n
-
-
-def _mass(utility: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return (utility / utility.sum(-1, keepdim=True).clamp_min(1e-30)).to(dtype)

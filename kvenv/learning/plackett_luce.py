@@ -62,6 +62,11 @@ def log_probabilities(scores: torch.Tensor, order: torch.Tensor) -> torch.Tensor
     return picked - left
 
 
+def shares(utility: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A utility (..., n) divided by its sum over tokens; zeros where a head has no utility."""
+    return (utility / utility.sum(-1, keepdim=True).clamp_min(1e-30)).to(dtype)
+
+
 def expected_reward(scores: torch.Tensor, utility: torch.Tensor) -> torch.Tensor:
     """The mean reward, over all budgets, of the rankings that a Plackett-Luce policy draws.
 
@@ -73,10 +78,11 @@ def expected_reward(scores: torch.Tensor, utility: torch.Tensor) -> torch.Tensor
         utility: (..., n), non-negative.
 
     Returns:
-        (...).
+        (...). A head with no utility at all has (n + 1) / 2n, what chance would give.
     """
     n = scores.shape[-1]
-    mass = (utility / utility.sum(-1, keepdim=True).clamp_min(1e-30)).to(scores.dtype)
+    mass = shares(utility, scores.dtype)
+    mass = torch.where(mass.sum(-1, keepdim=True) > 0, mass, 1 / n)
     before = torch.sigmoid(scores.unsqueeze(-2) - scores.unsqueeze(-1)).sum(-1) - 0.5  # not itself
     return (mass * (1 - before / n)).sum(-1)
 
@@ -100,8 +106,7 @@ def expected_gradient(
     """
     with torch.no_grad():
         n = scores.shape[-1]
-        mass = utility / utility.sum(-1, keepdim=True).clamp_min(1e-30)
-        mass = mass.to(scores.dtype).reshape(-1, n)
+        mass = shares(utility, scores.dtype).reshape(-1, n)
         flat = scores.reshape(-1, n)
         middle = (flat.amax(-1, keepdim=True) + flat.amin(-1, keepdim=True)) / 2
         half = ((flat - middle) / 2).clamp(-40, 40)  # beyond, exp would leave float32
@@ -179,8 +184,7 @@ def policy_gradient(
         raise KvenvError(f"samples is {samples}: the leave-one-out baseline needs at least 2")
     with torch.no_grad():
         order = sample_rankings(scores, samples, generator)
-        mass = utility / utility.sum(-1, keepdim=True).clamp_min(1e-30)
-        mass = mass.to(scores.dtype)
+        mass = shares(utility, scores.dtype)
         curves = mass.expand(order.shape).gather(-1, order).cumsum(-1)
         advantage = advantages(curves, credit)
         # Shifting by the row's maximum changes no probability and keeps exp in range.

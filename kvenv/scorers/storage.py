@@ -173,6 +173,7 @@ def write_bundle(
         raise unwritable(folder, error) from error
     try:
         save_file(dict(state), scratch / WEIGHTS, metadata={"format": "pt"})
+        (scratch / WEIGHTS).chmod(0o644)  # safetensors lets none but the owner read
         (scratch / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if card is not None:
             (scratch / CARD).write_text(card, encoding="utf-8")

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from kvenv.errors import KvenvError
-from kvenv.evaluation.accuracy import MARGIN, Accuracy, greedy, stop_tokens
+from kvenv.evaluation.accuracy import MARGIN, Accuracy, _interval, greedy, stop_tokens
 from kvenv.evaluation.cut import Cutter, forward
 from kvenv.evaluation.metrics import score
 from kvenv.recording import tokens
@@ -208,6 +210,7 @@ def test_tasks_promptings_and_lengths_are_kept_apart(judge, recorded) -> None:
     [
         ({"answers": ["a"], "task": "chess"}, "RULER task 'chess'"),
         ({"answers": ["a"], "metric": "taste"}, "metric 'taste'"),
+        ({"answers": ["a"]}, "metric 'None' is unknown: choose from exact_match"),
         ({"answers": ["a"], "task": "vt", "prompting": "agnostic"}, '"question_tokens" None'),
         ({"answers": ["a"], "task": "vt", **ASKED, "question_tokens": 11}, '"question_tokens" 11'),
         ({"choices": ["ab", "cd"], "answer": 2}, '"answer" 2 must be an index of its 2'),
@@ -220,3 +223,31 @@ def test_what_cannot_be_judged_is_named(judge, recorded, facts: dict, message: s
     task, _ = judge(traces)
     with pytest.raises(KvenvError, match=f"episode 0 of .* cannot be judged: .*{message}"):
         task.judges(traces, 0)
+
+
+def test_a_learned_agent_is_compared_pair_by_pair() -> None:
+    """With the heuristic that is right most often, and with the oracle; on the same prompts."""
+    task = Accuracy.__new__(Accuracy)
+    kinds = {"mine": "learned", "weak": "heuristic", "good": "heuristic", "best": "oracle"}
+    task._cutter = SimpleNamespace(kinds=kinds, agents=tuple(kinds), oracle="best")
+    scores = np.array([[1, 0, 1, 1], [1, 0, 0, 1], [0, 0, 0, 1], [1, 1, 1, 1]], float)
+    documents = ["a", "b", "c", "d"]
+    found = task._compared("mine", scores, documents)
+    assert found["versus_heuristic"]["baseline"] == "good"
+    assert found["versus_heuristic"]["difference"] == 0.25
+    assert found["versus_oracle"]["difference"] == -0.25
+    # Prompts that both get right or wrong are certain: 1 of 4 differs, so at most 3 in a resample.
+    assert found["versus_heuristic"]["low"] == 0 <= found["versus_heuristic"]["high"] <= 0.75
+    assert task._compared("good", scores, documents) == {}
+    task._cutter = SimpleNamespace(kinds={"mine": "learned"}, agents=("mine",), oracle=None)
+    assert task._compared("mine", scores[:, :1], documents) == {}
+
+
+@pytest.mark.parametrize(("right", "low", "high"), [(24, 0.8620, 1.0), (0, 0.0, 0.1380)])
+def test_all_right_is_not_certain(right: int, low: float, high: float) -> None:
+    """Wilson 1927: n / (n + z^2) at the ends, z = 1.96."""
+    scores = np.array([1.0] * right + [0.0] * (24 - right))
+    found = _interval(scores, [str(i) for i in range(24)])
+    assert (found["low"], found["high"]) == pytest.approx((low, high), abs=1e-4)
+    assert _interval(np.full(24, 0.5), [str(i) for i in range(24)])["high"] == 0.5  # shares
+    assert _interval(scores, ["one"] * 24)["high"] == right / 24  # a document says nothing alone

@@ -66,7 +66,7 @@ def test_the_section_is_that_of_its_definitions(cutter, family: str) -> None:
         cut.append([by_hand(one, rows).mean(-1).tolist() for one in logits])
     section = task.result()
     full, cut, documents = np.array(full), np.array(cut), [f"document {i}" for i in range(3)]
-    assert (section["sinks"], section["recent"], section["prompting"]) == (2, 3, "cut once")
+    assert (section["sinks"], section["recent"], section["protocol"]) == (2, 3, "cut once")
     assert (section["tokens"], section["documents"]) == (11 + 8 + 11, 3)
     assert section["full"]["mean"] == pytest.approx(np.exp(full.mean()), rel=1e-5)
     for column, name in enumerate(NAMES):
@@ -103,4 +103,4 @@ def test_one_future_token_is_too_few(families, recorded) -> None:
         families("llama")[0], [short], {"random": load_scorer("random")}, budgets=[1], recent=0
     )
     with pytest.raises(KvenvError, match=r"episode 0 of .* has 1 future token: perplexity"):
-        Perplexity(cutter).add(cutter.read(short, 0))
+        Perplexity(cutter)

@@ -53,13 +53,13 @@ def by_hand(model, name: str, traces, index: int, budget: int, ends: list[int], 
 def test_a_text_is_fed_bit_by_bit(families, sets, streaming, family, name, step) -> None:
     """Equal lengths in one batch; what the budget holds may come at once."""
     model, traces = families(family)[0], sets(family)
-    ours = streaming(name, family=family, budgets=(20, 12))
+    ours = streaming(name, family=family, budgets=(20, 12), step=step)
     batches = ours.texts([traces])
     assert [(b.documents, b.first) for b in batches] == [
         (["document 1"], 20),
         (["document 0", "document 2"], 20),
     ]
-    section = ours.run(batches, step)
+    section = ours.run(batches)
     assert (section["documents"], section["tokens"]) == (3, 2 * 36 + 26)
     assert {key: section[key] for key in LIMITS} == LIMITS
     for budget in (20, 12):
@@ -157,6 +157,5 @@ def test_what_cannot_be_fed_is_refused_at_once(families, sets, streaming) -> Non
         Streaming(families("llama")[0], {"half": Half()}, (16,), **LIMITS)
     with pytest.raises(KvenvError, match="was recorded from"):
         streaming("random", family="gemma").texts([sets("llama")])
-    ours = streaming("random")
     with pytest.raises(KvenvError, match="step is 0"):
-        ours.run(ours.texts([sets("llama")]), step=0)
+        streaming("random", step=0)

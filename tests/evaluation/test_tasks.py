@@ -99,6 +99,8 @@ def test_nothing_runs_before_everything_is_checked(families, traces, sets) -> No
         run("perplexity", "streaming", token_budgets=[46])
     with pytest.raises(KvenvError, match="where its turns begin"):
         run("perplexity", "conversation", of=sets("llama"))
+    with pytest.raises(KvenvError, match="step is 0"):
+        run("perplexity", "streaming", step=0)
 
 
 def test_tables_show_every_figure(families, traces) -> None:

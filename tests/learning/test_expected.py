@@ -111,6 +111,8 @@ def test_any_scores_give_finite_gradients(spread: float, dtype: torch.dtype):
 def test_nothing_to_win_gives_no_gradient(dtype: torch.dtype):
     scores = doubles(2, 9).to(dtype)
     assert not pl.expected_gradient(scores, torch.zeros(2, 9), noise()).any()
+    reward = pl.expected_reward(scores, torch.zeros(2, 9))
+    torch.testing.assert_close(reward, torch.full((2,), ut.random_reward(9), dtype=dtype))
     even = pl.expected_gradient(scores, torch.full((2, 9), 3.0), noise())
     assert even.abs().max() < 1e-7
     assert not pl.expected_gradient(scores[:, :1], torch.ones(2, 1), noise()).any()

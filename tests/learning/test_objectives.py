@@ -157,8 +157,9 @@ def test_extreme_scores_and_utilities_stay_finite_in_the_scores_type(signal: Sig
     assert not gradient.requires_grad
 
 
-def test_pairs_of_a_head_without_utility_do_not_pull():
-    assert not objectives.pairwise(doubles(2, 9), torch.zeros(2, 9), 4, noise()).any()
+@pytest.mark.parametrize("name", ["pairwise", "listwise"])
+def test_a_head_without_utility_does_not_pull(name: str):
+    assert not SIGNALS[name](doubles(2, 9), torch.zeros(2, 9), noise()).any()
 
 
 def test_draws_come_from_the_generator_alone():

@@ -59,6 +59,7 @@ def test_a_bundle_is_safetensors_and_json_alone(make, saved: Path):
     }
     assert config["training"] == {"agent": "kvp", "seed": 0}
     assert saved.stat().st_mode & 0o777 == 0o755
+    assert (saved / "model.safetensors").stat().st_mode & 0o777 == 0o644
 
 
 def test_saving_replaces_a_bundle_and_leaves_nothing_else(make, saved: Path):
