@@ -22,7 +22,6 @@ from kvenv.recording.workload import Sample
 from kvenv.report import render
 from kvenv.scorers import load_scorer
 
-ROOT = Path(__file__).resolve().parents[2]
 Result = dict[str, Any]
 
 
@@ -83,7 +82,7 @@ def evaluation(measured: Result) -> Result:
 @pytest.fixture
 def published() -> Result:
     """The version-1 record of docs/results."""
-    return json.loads((ROOT / "docs/results/retention.json").read_text(encoding="utf-8"))
+    return json.loads((Path(__file__).parent / "version1.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="session")
