@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from kvenv.errors import KvenvError
 from kvenv.recording import benchmarks, tables
 from kvenv.recording.benchmarks import Problem
 from kvenv.recording.tokens import check_choice
@@ -75,5 +76,10 @@ class ARC(benchmarks.Benchmark):
 
 def _right(row: Mapping[str, Any]) -> int | None:
     """The right option's place: labels are letters or, of some questions, numbers."""
+    if not {"label", "text"} <= row["choices"].keys():
+        raise KvenvError(
+            f"the choices of an ARC question hold {', '.join(row['choices'])}: they must be lists "
+            "named label and text"
+        )
     labels = row["choices"]["label"]
     return labels.index(row["answerKey"]) if row["answerKey"] in labels else None

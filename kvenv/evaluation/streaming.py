@@ -134,7 +134,8 @@ class Streaming:
         """Recorded conversations, one by one; all tokens after the first turn count.
 
         Raises:
-            KvenvError: on sets of another model, or if no episode tells where its turns begin.
+            KvenvError: on sets of another model, if no episode tells where its turns begin, or if
+                one tells it wrongly.
         """
         check_recorded(self._model, sets)
         found = []
@@ -142,6 +143,7 @@ class Streaming:
             for index in range(len(traces)):
                 turns = traces.info(index).metadata.get("turns")
                 if turns is not None:
+                    _check_turns(traces, index, turns)
                     found.append(self._batch([(traces, index)], turns, turns[1]))
         if not found:
             raise KvenvError(
@@ -215,3 +217,14 @@ class Streaming:
         documents = [traces.info(index).document for traces, index in episodes]
         rows = [torch.from_numpy(traces.tokens(index)).long() for traces, index in episodes]
         return Batch(documents, torch.stack(rows), turns, first)
+
+
+def _check_turns(traces: TraceSet, index: int, turns: Sequence[int]) -> None:
+    length = traces.info(index).S
+    whole = all(isinstance(turn, int) for turn in turns)
+    rising = whole and all(a < b for a, b in pairwise([*turns, length]))
+    if len(turns) < 2 or turns[0] != 0 or not rising:
+        raise KvenvError(
+            f'episode {index} of {traces.path} has "turns" {list(turns)}: they must be two or more '
+            f"token offsets, rising from 0 and below its {length} tokens; mend the workload"
+        )

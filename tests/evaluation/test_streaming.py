@@ -159,3 +159,10 @@ def test_what_cannot_be_fed_is_refused_at_once(families, sets, streaming) -> Non
         streaming("random", family="gemma").texts([sets("llama")])
     with pytest.raises(KvenvError, match="step is 0"):
         streaming("random", step=0)
+
+
+@pytest.mark.parametrize("turns", [[0], [1, 20], [0, 20, 20], [0, 46], [0, 2.5]])
+def test_turns_that_are_none_are_an_error(recorded, streaming, turns) -> None:
+    traces = recorded("llama", facts=[{"turns": turns}] * 3)
+    with pytest.raises(KvenvError, match="must be two or more token offsets, rising from 0"):
+        streaming("random", budgets=(12,)).conversations([traces])

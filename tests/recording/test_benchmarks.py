@@ -342,3 +342,11 @@ def test_what_cannot_be_used_is_named(tmp_path: Path, case: str) -> None:
 def test_templates_that_rewrite_the_text_say_so(tmp_path: Path) -> None:
     with pytest.raises(KvenvError, match="chat template rewrites the text"):
         take(sources(tmp_path)["boolq"], tokenizer=tokenizer("nothing"))
+
+
+def test_arc_choices_need_their_two_lists(tmp_path: Path) -> None:
+    rows = [{**row, "choices": {"text": row["choices"]["text"]}} for row in arc_rows(8)]
+    with pytest.raises(KvenvError, match="hold text: they must be lists named label and text"):
+        ARC(write(tmp_path / "a.jsonl", rows), split="train").sample(
+            0, tokenizer=None, rng=None, prompt_tokens=64, future_tokens=8, seed=0
+        )
