@@ -29,10 +29,12 @@ SETS = {
     "ruler-validation": "ruler --split validation --episodes 49",
     "text-test": "text --split test --episodes 48 --stats",
     "ruler-test": "ruler --split test --episodes 98 --stats",
+    "long-test": "text --split test --episodes 8 --stats",
 }
-"""What is recorded: Python's standard library, and all of RULER's tasks."""
+"""What is recorded: Python's standard library, all of RULER's tasks, and texts 4 times as long."""
 LENGTHS = {
     "text": "--prompt-tokens 768 --future-tokens 128",
+    "long": "--prompt-tokens 3072 --future-tokens 128",
     "ruler": "--prompt-tokens 1024 --future-tokens 192 --prompting agnostic",
 }
 AGENTS = {
@@ -40,7 +42,7 @@ AGENTS = {
     "kvp-gemma-3-270m": ("gemma-3-270m", "text-train,ruler-train", "--steps 4000 --hidden 256,256"),
 }
 """Name -> model, training sets, and the options of KVP's that are not its defaults."""
-VALIDATION, TESTS = "text-validation,ruler-validation", "text-test,ruler-test"
+VALIDATION, TESTS = "text-validation,ruler-validation", "text-test,ruler-test,long-test"
 OTHERS = "random,streaming,knorm,keydiff,lagkv,tova,snapkv,h2o,observed,expected,oracle"
 LIMITS = (
     "It was trained on Python sources and synthetic retrieval prompts; measure it on your own text "

@@ -168,6 +168,7 @@ def test_the_zoo_is_rebuilt_and_what_is_trained_is_not_trained_again(
 ) -> None:
     zoo = module("build_zoo")
     sizes = {"text": "60 --future-tokens 8", "ruler": "300 --future-tokens 120"}
+    sizes["long"] = "240 --future-tokens 8"
     for workload, size in sizes.items():
         zoo.LENGTHS[workload] = f"--prompt-tokens {size}"
     for name, line in zoo.SETS.items():
@@ -186,7 +187,7 @@ def test_the_zoo_is_rebuilt_and_what_is_trained_is_not_trained_again(
     assert scorer.training["options"]["steps"] == 2
     assert len(scorer.training["traces"]) == len(sets.split(","))
     assert scorer.network.weights[0].shape == (4, 16, 4)
-    for figures in ("text-test", "ruler-test"):
+    for figures in ("text-test", "ruler-test", "long-test"):
         agents = json.loads(Path(f"zoo/tiny/{figures}.json").read_text())["agents"]
         assert list(agents) == ["kvp-tiny", *zoo.OTHERS.split(",")]
     card = (bundle / "README.md").read_text()
