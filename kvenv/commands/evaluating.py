@@ -39,9 +39,9 @@ def evaluate(
     1/16, 1/8, 1/4, 1/2 and averaged over all, and closure, with and without the first 4 tokens.
     perplexity: of the future, once the prompt's cache was cut. accuracy: of the answers, likewise
     (ruler, boolq, ...). streaming: perplexity of whole texts, fed in steps to a cache of fixed
-    size. conversation: the same turn by turn (chat). All with 95 % bootstrap intervals over
-    documents; paired over documents, retention also sets learned agents beside the best heuristic,
-    and perplexities are set beside the full cache's.
+    size. conversation: the same turn by turn (chat). All with 95 % intervals over documents;
+    paired over documents, retention and accuracy (in the file) also set learned agents beside the
+    best heuristic, and perplexities are set beside the full cache's.
 
     Args:
         traces: held-out trace sets, separated by commas.

@@ -75,7 +75,7 @@ def test_the_hub_reads_what_was_measured(evaluated):
     data = parsed.data
     assert data.license == "apache-2.0"
     assert data.base_model == "someone/tiny"
-    assert data.library_name == "kvenv"
+    assert data["library_name"] == "kvenv"
     assert {"kvenv", "kv-cache", "kvp"} <= set(data.tags)
     assert data.model_name == "kvp-tiny"
     own = results["agents"]["kvp-tiny"]
