@@ -74,6 +74,7 @@ def main() -> None:
             f"--out {work / 'kvp'} {scaled(options, args.share)}{resume}"
         )
     NetworkScorer.from_pretrained(work / "kvp").save_pretrained(out, dtype=torch.float16)
+    run(f"curves {out} --traces {work / 'text-validation'} --device cpu")
     results = []
     for test in recorded(TESTS).split(","):
         figures = Path(f"{test}.json")

@@ -18,6 +18,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "record": commands.record,
     "inspect": commands.inspect,
     "train": commands.train,
+    "curves": commands.curves,
     "evaluate": commands.evaluate,
     "generate": commands.generate,
     "dataset": commands.dataset,

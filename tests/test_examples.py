@@ -198,6 +198,37 @@ def test_the_zoo_is_rebuilt_and_what_is_trained_is_not_trained_again(
     assert (bundle / "README.md").read_text() == card
 
 
+def test_allocations_are_compared_at_equal_totals(tiny: str, monkeypatch, capsys) -> None:
+    sizes = f"--model {tiny} --prompt-tokens 64 --future-tokens 8"
+    for split in ("train", "validation", "test"):
+        line = f"record text --split {split} --episodes 3 {sizes} --out {split}"
+        assert main(line.split()) == 0
+    assert main("train kvp --traces train --out agent --steps 20 --hidden 8".split()) == 0
+    line = "--traces test --agent agent --sinks 2 --recent 3 --budgets 0.125,0.25,0.5"
+    run("allocation.py", *line.split(), "--json", "own.json", monkeypatch=monkeypatch)
+    assert "full cache: perplexity" in capsys.readouterr().out
+    line += " --curves validation --json other.json"
+    run("allocation.py", *line.split(), monkeypatch=monkeypatch)
+    own, other = (json.loads(Path(f"{name}.json").read_text()) for name in ("own", "other"))
+    assert (own["curves"]["traces"], len(other["curves"]["traces"])) == ([], 1)
+    for result in (own, other):
+        assert list(result["budgets"]) == ["0.125", "0.25", "0.5"]
+        for budget, modes in result["budgets"].items():
+            assert list(modes) == ["uniform", "heads", "global"]
+            assert modes["uniform"]["least"] == modes["uniform"]["most"] == 64 * float(budget)
+            for figures in modes.values():
+                assert 6 <= figures["least"] <= figures["most"] <= 64
+                assert 0 < figures["sink_free"]["mean"] <= 1
+                assert ("perplexity" in figures) == (budget != "0.5")
+            assert modes["uniform"]["retention_versus_uniform"]["difference"] == 0
+    same, divided = (one["budgets"]["0.25"] for one in (own, other))
+    assert same["uniform"]["perplexity"] == divided["uniform"]["perplexity"]
+    assert divided["global"]["most"] > divided["global"]["least"]
+    with pytest.raises(SystemExit):
+        run("allocation.py", *line.replace("validation", "test").split(), monkeypatch=monkeypatch)
+    assert "share documents" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_ruler_table_measures_what_is_missing(tiny: str, monkeypatch, capfd) -> None:
     table = module("ruler_table")
@@ -232,8 +263,8 @@ def test_demo(monkeypatch) -> None:
     assert results["documents"] == 4
 
 
-def test_the_readme_has_its_four_snippets() -> None:
-    assert len(SNIPPETS) == 4
+def test_the_readme_has_its_five_snippets() -> None:
+    assert len(SNIPPETS) == 5
 
 
 @pytest.mark.parametrize(

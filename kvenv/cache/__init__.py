@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from kvenv.cache.eviction import EvictionCache
+from kvenv.cache.generation import generate
 
-__all__ = ["EvictionCache"]
+__all__ = ["EvictionCache", "generate"]

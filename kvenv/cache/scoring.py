@@ -8,9 +8,16 @@ from typing import Any
 import torch
 
 from kvenv.errors import KvenvError
-from kvenv.scorers.base import Head, Scorer
+from kvenv.scorers.base import NEEDS, Head, Scorer
+from kvenv.scorers.bundle import NetworkScorer
+from kvenv.scorers.network import Architecture, PerHeadMLP
 
 LISTED = 5
+
+SERVED = NEEDS - {"utility"}
+"""What a cache can tell a scorer of the attention that it serves."""
+
+Networks = tuple[PerHeadMLP, Architecture]
 
 
 class CacheScorer:
@@ -51,8 +58,12 @@ class CacheScorer:
             if any((layer, head) in missing for head in range(count))
         }
         asked = [scorer] if fallback is None or not missing else [scorer, fallback]
-        self.pointwise = all(one.pointwise for one in asked)
+        self.pointwise = all(one.pointwise and not one.needs for one in asked)
         """Whether every head's scores are fixed when a token arrives."""
+        self.needs = frozenset[str]().union(*(one.needs for one in asked))
+        """What it wants beyond keys, values and positions."""
+        self.ages = any(one.age_term is not None for one in asked)
+        """Whether a token's age adds to its score."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheScorer:
         # A copied cache (a prompt used again) needs its own slots, not a copy of the weights.
@@ -70,7 +81,8 @@ class CacheScorer:
         keys: torch.Tensor,
         values: torch.Tensor,
         positions: torch.Tensor,
-        pads: list[int] | None,
+        pads: list[int] | None = None,
+        **needs: torch.Tensor,
     ) -> torch.Tensor:
         """Scores (B, H, n) float32; what pad tokens get is not meant to be used.
 
@@ -80,13 +92,21 @@ class CacheScorer:
             values: (B, H, n, d).
             positions: (B, H, n) int64, negative for pads.
             pads: leading pad tokens per row, or None.
+            **needs: what `needs` names, as for `kvenv.scorers.base.Scorer.score`.
         """
-        scores = _ask(self._scorer, layer, keys, values, positions, pads)
+        scores = _ask(self._scorer, layer, keys, values, positions, pads, needs)
         missing = self._missing_at(layer, keys.device)
         if missing is None or self._fallback is None:
             return scores
-        filler = _ask(self._fallback, layer, keys, values, positions, pads)
+        filler = _ask(self._fallback, layer, keys, values, positions, pads, needs)
         return torch.where(missing, filler, scores)
+
+    def networks(self, layer: int, device: torch.device) -> Networks | None:
+        """The networks that score every KV head of a layer, in order, if that is all there is."""
+        scorer = self._scorer
+        if layer in self._missing or not self.pointwise or not isinstance(scorer, NetworkScorer):
+            return None
+        return scorer.layer_networks(layer, device), scorer.architecture
 
     @torch.no_grad()
     def age(self, layer: int, age: torch.Tensor) -> torch.Tensor | None:
@@ -130,10 +150,10 @@ def _check_usable(scorer: Scorer) -> None:
             f"{scorer!r} is not a scorer: give an agent's scorer (needs, pointwise, age_term, "
             "heads and score)"
         )
-    if scorer.needs:
+    if unknown := scorer.needs - SERVED:
         raise KvenvError(
-            f"{_name(scorer)} needs {', '.join(sorted(scorer.needs))}, which a cache cannot give "
-            "yet: use a scorer of keys, values and positions"
+            f"{_name(scorer)} needs {', '.join(sorted(unknown))}, which no cache can know: use a "
+            f"scorer of keys, values, positions and {', '.join(sorted(SERVED))}"
         )
 
 
@@ -155,9 +175,11 @@ def _ask(
     values: torch.Tensor,
     positions: torch.Tensor,
     pads: list[int] | None,
+    needs: Mapping[str, torch.Tensor],
 ) -> torch.Tensor:
     if pads is None or scorer.pointwise:
-        scores = scorer.score(layer, keys, values, positions.clamp(min=0))
+        wanted = {name: needs[name] for name in scorer.needs}
+        scores = scorer.score(layer, keys, values, positions.clamp(min=0), **wanted)
         if scores.shape != positions.shape:
             raise KvenvError(
                 f"{_name(scorer)}.score gave shape {tuple(scores.shape)} in layer {layer}: it must "
@@ -169,5 +191,5 @@ def _ask(
     for row, pad in enumerate(pads):
         if pad < positions.shape[-1]:
             part = (slice(row, row + 1), slice(None), slice(pad, None))
-            scores[part] = _ask(scorer, layer, keys[part], values[part], positions[part], None)
+            scores[part] = _ask(scorer, layer, keys[part], values[part], positions[part], None, {})
     return scores

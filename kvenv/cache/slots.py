@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,19 +10,9 @@ from transformers.cache_utils import DynamicLayer
 
 from kvenv.cache.padding import LeftPadding
 from kvenv.cache.scoring import CacheScorer
+from kvenv.cache.worth import Limits, worth
 from kvenv.errors import KvenvError
 from kvenv.utility import ranking
-
-FLOAT32 = torch.finfo(torch.float32)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How many tokens a head keeps, and which of them always."""
-
-    budget: int
-    sinks: int
-    recent: int
 
 
 class EvictionLayer(DynamicLayer):
@@ -138,8 +127,8 @@ class EvictionLayer(DynamicLayer):
             scores = self._score_all(keys, values, positions, self._seen + q)
             self._scorer.check(self._layer, scores, positions)
         by_position = positions.argsort(dim=-1)
-        worth = self._worth(scores, positions, newest).gather(-1, by_position)
-        kept = by_position.gather(-1, ranking(worth)[..., :budget].sort(dim=-1).values)
+        ordered = self._worth(scores, positions, newest).gather(-1, by_position)
+        kept = by_position.gather(-1, ranking(ordered)[..., :budget].sort(dim=-1).values)
         self.keys, self.values = _gather(keys, kept), _gather(values, kept)
         self._positions = positions.gather(-1, kept)
         if self._scorer.pointwise:
@@ -161,10 +150,10 @@ class EvictionLayer(DynamicLayer):
         else:
             everything = self._with(key, value, position)
             scores = self._score_all(*everything, self._seen + 1)[..., :-1]
-        worth = self._worth(scores, self._positions, newest)
-        lowest = worth.amin(dim=-1, keepdim=True)
+        held = self._worth(scores, self._positions, newest)
+        lowest = held.amin(dim=-1, keepdim=True)
         before_all = torch.iinfo(torch.int64).min
-        slot = self._positions.masked_fill(worth > lowest, before_all).argmax(-1, keepdim=True)
+        slot = self._positions.masked_fill(held > lowest, before_all).argmax(-1, keepdim=True)
         own_keys.scatter_(2, _over(slot, key), key)
         own_values.scatter_(2, _over(slot, value), value)
         self._positions.scatter_(-1, slot, position)
@@ -176,16 +165,8 @@ class EvictionLayer(DynamicLayer):
     def _worth(
         self, scores: torch.Tensor, positions: torch.Tensor, newest: torch.Tensor | int
     ) -> torch.Tensor:
-        """Scores at decision time: age added, sinks and recent at +inf, pads at -inf.
-
-        Whatever a scorer says lies between; a NaN (checked only at prefill) counts as lowest.
-        """
         age = self._scorer.age(self._layer, newest - positions)
-        worth = scores if age is None else scores + age
-        worth = worth.nan_to_num(nan=FLOAT32.min, posinf=FLOAT32.max, neginf=FLOAT32.min)
-        sinks, recent = self._limits.sinks, self._limits.recent
-        protected = (positions < sinks) | (positions > newest - recent)
-        return worth.masked_fill(protected, torch.inf).masked_fill(positions < 0, -torch.inf)
+        return worth(scores, age, positions, newest, self._limits)
 
     def _score_all(
         self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, seen: int

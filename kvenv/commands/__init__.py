@@ -4,6 +4,7 @@ from kvenv.commands.benchmarks import bench
 from kvenv.commands.common import parse_heads, write_json
 from kvenv.commands.evaluating import evaluate
 from kvenv.commands.generating import generate
+from kvenv.commands.measuring import curves
 from kvenv.commands.playing import dataset
 from kvenv.commands.recording import inspect, record
 from kvenv.commands.reporting import report
@@ -11,6 +12,7 @@ from kvenv.commands.training import train
 
 __all__ = [
     "bench",
+    "curves",
     "dataset",
     "evaluate",
     "generate",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,18 +11,19 @@ from kvenv.display import console
 from kvenv.errors import KvenvError
 
 OPTIONS = {
-    "record": ("model", "tokens", "repeats"),
+    "record": ("model", "tokens", "repeats", "device"),
     "env": ("sizes", "num_envs", "repeats"),
     "learners": (
         *("traces", "validation", "heads", "learners", "steps", "ppo_steps"),
         *("target", "sink_free_target", "device"),
     ),
+    "cache": ("parts", "contexts", "budgets", "batches", "minutes", "sweep", "picture"),
 }
 """What is measured -> which options it takes."""
 
 
 def bench(
-    what: Literal["record", "env", "learners"],
+    what: Literal["record", "env", "learners", "cache"],
     model: str | None = None,
     tokens: list[int] | None = None,
     sizes: list[str] | None = None,
@@ -36,6 +38,13 @@ def bench(
     target: float | None = None,
     sink_free_target: float | None = None,
     device: str | None = None,
+    parts: list[str] | None = None,
+    contexts: list[int] | None = None,
+    budgets: list[int] | None = None,
+    batches: list[int] | None = None,
+    minutes: float | None = None,
+    sweep: bool = False,
+    picture: Path | None = None,
     json: Path | None = None,
 ) -> None:
     """Measure kvenv against its baseline, both in this process, and print the ratio.
@@ -46,9 +55,11 @@ def bench(
     DummyVecEnv over single ones, and a bare copy of the observations; steps a second.
     learners: training kvp, against other learning signals and stable-baselines3's PPO, on the same
     heads and traces; seconds of training a head until held-out closure reaches a target.
+    cache: the eviction cache on an NVIDIA GPU: its kernels against float64 and against a copy's
+    bandwidth, and decoding against transformers' full caches; figures are written as they come.
 
     Args:
-        what: record, env or learners.
+        what: record, env, learners or cache.
         model: record: smollm2-135m (default), gemma-3-270m, a checkpoint folder or a hub id.
         tokens: record: episode lengths, prompt and future together; default 1024,2048.
         sizes: env: of an observation, small (2 KiB), medium (32) or large (256); default all.
@@ -63,7 +74,15 @@ def bench(
         ppo_steps: learners: timesteps of ppo for each head; default 6144.
         target: learners: closure to reach; default what the weakest but ppo has at its end.
         sink_free_target: learners: sink-free closure to reach; default likewise.
-        device: learners: cpu, cuda, ...; default a GPU if there is one. ppo takes the CPU.
+        device: record, learners: cpu, cuda, ...; default cpu for record, for learners a GPU if
+            there is one. ppo takes the CPU.
+        parts: cache: of correctness, kernels, decoding and real (SmolLM2); default all.
+        contexts: cache: tokens of text before decoding; default 1024,4096,8192,32768,131072.
+        budgets: cache: tokens per head; default 512,2048,8192.
+        batches: cache: rows that decode; default 1,4,16.
+        minutes: cache: after which nothing more is begun; default 6.
+        sweep: cache: try other tiles for the attention kernel, too.
+        picture: cache: draw tokens a second and memory over context into this file.
         json: write all figures, with their provenance, to this file.
     """
     options: dict[str, Any] = {
@@ -74,7 +93,7 @@ def bench(
     foreign = [
         f"--{name.replace('_', '-')}"
         for name, value in options.items()
-        if value is not None and name not in OPTIONS[what]
+        if value not in (None, False) and name not in OPTIONS[what]
     ]
     if foreign:
         raise KvenvError(f"bench {what} takes no {' or '.join(foreign)}: leave it out")
@@ -82,13 +101,21 @@ def bench(
     if what == "record":
         from kvenv.recording.bench import run
 
-        figures = run(model or "smollm2-135m", tokens or [1024, 2048], repeats, console)
+        figures = run(
+            model or "smollm2-135m",
+            tokens or [1024, 2048],
+            repeats,
+            console,
+            device=pick_device(device or "cpu"),
+        )
     elif what == "env":
         from kvenv.envs import bench
 
         figures = bench.run(
             sizes or list(bench.SIZES), num_envs or bench.NUM_ENVS, repeats, console
         )
+    elif what == "cache":
+        figures = _cache(options, json)
     else:
         figures = _learners(options)
     result = {**provenance(), **figures}
@@ -115,3 +142,26 @@ def _learners(options: dict[str, Any]) -> dict[str, Any]:
         settings,
         console,
     )
+
+
+def _cache(options: dict[str, Any], json: Path | None) -> dict[str, Any]:
+    from kvenv.cache.bench import Grid, Settings, run
+    from kvenv.cache.bench.picture import draw
+    from kvenv.evaluation.statistics import provenance
+
+    facts = provenance()
+
+    def save(figures: Mapping[str, Any]) -> None:
+        if json is not None:
+            write_json(json, {**facts, **figures})
+
+    def given(*names: str) -> dict[str, Any]:
+        return {name: options[name] for name in names if options[name] is not None}
+
+    settings = Settings(
+        **given("parts", "minutes", "sweep"), grid=Grid(**given("contexts", "batches", "budgets"))
+    )
+    figures = run(settings, console, save)
+    if options["picture"] is not None:
+        draw(figures, options["picture"])
+    return figures

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 from rich.table import Table
 
@@ -22,6 +23,9 @@ def generate(
     fallback: str | None = None,
     sinks: int = 4,
     recent: int = 16,
+    allocation: Literal["uniform", "heads", "global"] = "uniform",
+    backend: Literal["auto", "torch", "triton"] = "auto",
+    block: int | None = None,
     max_new_tokens: int = 128,
     raw: bool = False,
     sample: bool = False,
@@ -42,6 +46,11 @@ def generate(
         fallback: heuristic for heads that the agent has no scorer for.
         sinks: first tokens that are always kept.
         recent: last tokens that are always kept.
+        allocation: give every head the budget (uniform), or divide it among the heads of a layer
+            (heads) or of the model (global) by what each gains of it.
+        backend: triton, torch, or auto: triton on an NVIDIA GPU.
+        block: read the prompt in blocks of so many tokens; a head then never holds more than its
+            budget and a block.
         max_new_tokens: when to stop at the latest.
         raw: give the prompt as it is, without the model's chat template.
         sample: draw tokens as the model's generation settings say instead of the likeliest.
@@ -73,6 +82,9 @@ def generate(
         budget=budget,
         sinks=sinks,
         recent=recent,
+        allocation=allocation,
+        backend=backend,
+        block=block,
         max_new_tokens=max_new_tokens,
         sample=sample,
         seed=seed,

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from kvenv.errors import KvenvError
+from kvenv.evaluation.cutlayer import CutLayer, own_masks
 from kvenv.evaluation.retention import kind_of, score_prompt
 from kvenv.identity import fingerprint, full_attention_layers
 from kvenv.scorers.base import Head, Scorer
@@ -20,38 +21,8 @@ from kvenv.utility import budget_tokens, protect, ranking
 
 FLOAT32 = torch.finfo(torch.float32)
 
-
-class CutLayer(DynamicLayer):
-    """A full-attention layer that was cut to some of its tokens and grows from there.
-
-    What was kept takes the last places before the first new token, so that the library's causal
-    mask shows it to every new token and orders the new ones among themselves.
-
-    Args:
-        keys: (B, H, b, d), after RoPE; heads may hold different tokens.
-        values: (B, H, b, d).
-        evicted: how many tokens each head gave up.
-    """
-
-    is_croppable = False
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, evicted: int) -> None:
-        super().__init__()
-        self.lazy_initialization(keys, values)
-        self.keys, self.values = keys, values
-        self._evicted = evicted
-
-    def get_seq_length(self) -> int:
-        """Tokens seen, kept or not: the position of the next one."""
-        return super().get_seq_length() + self._evicted
-
-    def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
-        """Length and offset of the keys that ``query_length`` tokens attend to.
-
-        Older transformers give the tokens' positions instead of their number.
-        """
-        q = query_length if isinstance(query_length, int) else query_length.shape[0]
-        return super().get_seq_length() + q, self._evicted
+Budget = int | Mapping[int, Sequence[int]]
+"""Tokens for every head, or layer -> tokens for each of its KV heads (see `kvenv.cache`)."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +49,29 @@ class Prompt:
         """A cache of one row from which nothing was evicted."""
         return copy.deepcopy(self.cache)
 
-    def kept(self, layer: int, budget: int) -> torch.Tensor:
-        """Positions of the tokens that each agent keeps, (A, H, b) int64, ascending."""
-        return self.orders[layer][..., :budget].sort(dim=-1).values
+    def kept(self, layer: int, budget: int | Sequence[int]) -> torch.Tensor:
+        """Positions of the tokens that each agent keeps, (A, H, b) int64, ascending.
 
-    def cut(self, budget: int) -> Cache:
+        Of budgets that differ, one for each of the H heads, b is the largest; -1 fills the first
+        places of the others.
+        """
+        order = self.orders[layer]
+        if isinstance(budget, int):
+            return order[..., :budget].sort(dim=-1).values
+        if len(budget) != order.shape[1] or min(budget) < 1:
+            raise KvenvError(
+                f"budgets {tuple(budget)} of layer {layer}: give at least 1 token for each of its "
+                f"{order.shape[1]} KV heads"
+            )
+        best = order[..., : max(budget)]
+        beyond = torch.arange(best.shape[-1]) >= torch.tensor(budget).unsqueeze(1)
+        return best.masked_fill(beyond.to(best.device), -1).sort(dim=-1).values
+
+    def cut(self, budget: Budget) -> Cache:
         """A cache of A rows, a row an agent, whose heads each hold their best ``budget`` tokens.
+
+        Where budgets differ, it is the results that are those of such a cache, not its memory, and
+        `forward` alone feeds it.
 
         Layers without rankings (sliding windows and others that the model bounds itself) are the
         model's own. Nothing more is evicted from it: it grows with every token that it is fed.
@@ -92,9 +80,11 @@ class Prompt:
         layers: list[Any] = list(self.cache.layers)
         for number, layer in enumerate(layers):
             if number in self.orders:
-                kept = self.kept(number, budget)
+                kept = self.kept(number, budget if isinstance(budget, int) else budget[number])
+                absent = None if isinstance(budget, int) else kept < 0
+                kept = kept.clamp_min(0)
                 keys, values = _gather(layer.keys, kept), _gather(layer.values, kept)
-                layers[number] = CutLayer(keys, values, self.info.n - kept.shape[-1])
+                layers[number] = CutLayer(keys, values, self.info.n - kept.shape[-1], absent)
             else:
                 layers[number] = copy.deepcopy(layer)
                 layers[number].reorder_cache(rows)
@@ -243,9 +233,14 @@ def forward(
     """
     rows, q = tokens.shape
     positions = torch.arange(start, start + q, device=tokens.device).expand(rows, q)
-    return model(
-        tokens, past_key_values=cache, position_ids=positions, use_cache=True, logits_to_keep=keep
-    ).logits
+    with own_masks(model, cache, q):
+        return model(
+            tokens,
+            past_key_values=cache,
+            position_ids=positions,
+            use_cache=True,
+            logits_to_keep=keep,
+        ).logits
 
 
 def _check_covers(name: str, scorer: Scorer, heads: Sequence[Head]) -> None:

@@ -12,6 +12,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from kvenv.cache import EvictionCache
+from kvenv.cache.allocation import Mode
+from kvenv.cache.backends import Choice
 from kvenv.errors import KvenvError
 from kvenv.evaluation import metrics
 from kvenv.identity import fingerprint
@@ -46,7 +48,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How to decode; ``budget`` below 1 is a share of the prompt, else tokens a head."""
+    """How to decode; ``budget`` below 1 is a share of the prompt, else tokens a head.
+
+    ``allocation``, ``backend`` and ``block`` are those of `EvictionCache`.
+    """
 
     budget: float
     sinks: int = 4
@@ -54,6 +59,9 @@ class Decoding:
     max_new_tokens: int = 128
     sample: bool = False
     seed: int = 0
+    allocation: Mode = "uniform"
+    backend: Choice = "auto"
+    block: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -170,6 +178,10 @@ def decode(
             budget=settings.tokens(task),
             sinks=settings.sinks,
             recent=settings.recent,
+            allocation=settings.allocation,
+            context=task.tokens.shape[1],
+            backend=settings.backend,
+            block=settings.block,
             fallback=fallback,
         )
     tokens = task.tokens.to(model.device)
@@ -194,7 +206,7 @@ def decode(
     held = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
     return Decoded(
         text=str(tokenizer.decode(new, skip_special_tokens=True)),
-        kept=int(whole.keys.shape[-2]),
+        kept=int(getattr(whole, "held", whole.keys.shape[-2])),
         seen=int(cache.get_seq_length()),
         nbytes=sum(t.numel() * t.element_size() for t in held if t is not None),
         rate=len(new) / seconds,

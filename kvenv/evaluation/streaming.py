@@ -13,6 +13,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from kvenv.cache import EvictionCache
+from kvenv.cache.scoring import SERVED
 from kvenv.errors import KvenvError
 from kvenv.evaluation.cut import check_recorded
 from kvenv.evaluation.perplexity import losses, perplexity, ratio
@@ -83,16 +84,13 @@ class Streaming:
         self._model, self._step = model, step
         self._budgets = list(dict.fromkeys(budgets))
         self._sinks, self._recent = sinks, recent
-        self._scorers = {name: one for name, one in scorers.items() if not one.needs}
-        self._left_out = {
-            name: f"needs {', '.join(sorted(one.needs))}"
-            for name, one in scorers.items()
-            if one.needs
-        }
+        unknown = {name: sorted(one.needs - SERVED) for name, one in scorers.items()}
+        self._scorers = {name: one for name, one in scorers.items() if not unknown[name]}
+        self._left_out = {name: f"needs {', '.join(it)}" for name, it in unknown.items() if it}
         if not self._scorers:
             raise KvenvError(
                 f"none of the agents {', '.join(scorers)} can decode: name one whose scores need "
-                "keys, values and positions alone"
+                f"keys, values, positions and {', '.join(sorted(SERVED))} alone"
             )
         for name, scorer in self._scorers.items():
             for budget in self._budgets:

@@ -27,6 +27,7 @@ from kvenv.learning.episodes import (
 from kvenv.learning.run import Run, load_checkpoint, save_checkpoint
 from kvenv.scorers.base import Head
 from kvenv.scorers.bundle import NetworkScorer
+from kvenv.scorers.curves import average, emphasised
 from kvenv.scorers.network import Architecture, PerHeadMLP
 from kvenv.trace import TraceSet, same_model
 
@@ -96,7 +97,8 @@ def fit(
 
     Returns:
         The scorer, whose ``training["curve"]`` has the held-out figures by steps, and the seconds
-        of training until each, without those that measuring took.
+        of training until each, without those that measuring took; and whose retention `curves`
+        were measured on the held-out episodes, or on the others where there are none.
 
     Raises:
         KvenvError: on sets of different models, heads not recorded, or a checkpoint of another
@@ -181,7 +183,11 @@ def fit(
         "seconds": round(_seconds(began, device), 1),
         "curve": curve,
     }
-    return NetworkScorer(network.cpu(), architecture, model, training, measured)
+    seen = read_held.stream(held) if held else read.stream(episodes)
+    with torch.no_grad():
+        kept = (emphasised(e.utility, _scores(network, architecture, e)) for e in seen)
+        curves = average(chosen, kept)
+    return NetworkScorer(network.cpu(), architecture, model, training, measured, curves=curves)
 
 
 def evaluate(

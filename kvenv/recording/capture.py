@@ -1,15 +1,18 @@
 """A model's attention, watched: keys, values, queries and column sums without an S x S matrix.
 
 Attention is computed in blocks of queries. Each block's softmax is used three times while it is
-there: for the output, for the column sums that make the utility, and for the column maxima.
+there: for the output, for the column sums that make the utility, and for the column maxima. On a
+GPU, torch's own fused attention makes the output, and kernels make the columns from its
+log-sum-exp.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from itertools import pairwise, product
 from typing import Any
 
@@ -21,11 +24,14 @@ from transformers.masking_utils import sdpa_mask
 
 from kvenv.errors import KvenvError
 from kvenv.identity import full_attention_layers
+from kvenv.recording.offload import HALF, Offload, too_large
 from kvenv.recording.query_stats import QueryStats
 
 NAME = "kvenv_capture"
 BLOCK = 128
 """Queries whose attention is held at once."""
+
+TRITON = find_spec("triton") is not None
 
 
 @dataclass
@@ -43,6 +49,8 @@ class Capture:
         stats: measures the prompt's queries, if that is wanted.
         query_mean, query_cov: layer -> (H_q, d) and (H_q, d, d) float32 on the CPU, scaled as the
             queries are; empty without ``stats``.
+        offload: brings all of it to the host in the background, if that is wanted; then the
+            dictionaries are filled by `settle`.
     """
 
     n: int
@@ -57,9 +65,29 @@ class Capture:
     stats: QueryStats | None = None
     query_mean: dict[int, np.ndarray] = field(default_factory=dict)
     query_cov: dict[int, np.ndarray] = field(default_factory=dict)
+    offload: Offload | None = None
+    _whole: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def keep(self, layer: int, found: Mapping[str, torch.Tensor]) -> None:
+        """Take a layer's quantities by name, as they are on the device."""
+        if self.offload is not None:
+            self.offload.add(layer, found)
+            return
+        for name, tensor in found.items():
+            there = _float16(tensor, layer, name) if name in HALF else tensor.cpu().numpy()
+            getattr(self, name)[layer] = there
+
+    def settle(self) -> None:
+        """Wait for what is on its way to the host. Raises KvenvError as `Offload.finish`."""
+        if self.offload is not None:
+            self._whole = self.offload.finish()
+        for name, whole in self._whole.items():
+            getattr(self, name).update(zip(self.layers, whole, strict=True))
 
     def stack(self, name: str) -> np.ndarray:
         """One quantity for all recorded layers, (L, ...)."""
+        if name in self._whole:
+            return self._whole[name]
         per_layer: dict[int, np.ndarray] = getattr(self, name)
         return np.stack([per_layer[layer] for layer in self.layers])
 
@@ -125,6 +153,26 @@ def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
         out.copy_(a @ b)
 
 
+def flash_columns(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, n: int, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`blockwise_attention` by torch's fused attention and the column kernel, in O(S) memory."""
+    # Here, since Triton is not everywhere.
+    from kvenv.cache.kernels.columns import column_sums, columns
+    from kvenv.cache.kernels.flash import flash
+
+    output, lse = flash(query, key, value, scaling)
+    past = column_sums(query[:, :n], key, lse[:, :n], 0, n, scaling)
+    total, largest = columns(query[:, n:], key, lse[:, n:], n, n, scaling)
+    return output.transpose(0, 1), past, total, largest
+
+
+def fused(query: torch.Tensor) -> bool:
+    """Whether `flash_columns` serves these queries."""
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    return TRITON and query.is_cuda and half and query.shape[-1] in range(8, 257, 8)
+
+
 def _attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -148,20 +196,22 @@ def _attention(
             module, query, key, value, attention_mask, dropout, scaling=scaling, **kwargs
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    kept, n = kvenv_capture, kvenv_capture.n
-    output, past, total, largest = blockwise_attention(query[0], key[0], value[0], n, scale)
-    kept.keys[layer] = _float16(key[0], layer, "keys")
-    kept.values[layer] = _float16(value[0], layer, "values")
+    kept = kvenv_capture
+    attend = flash_columns if fused(query) else blockwise_attention
+    output, past, total, largest = attend(query[0], key[0], value[0], kept.n, scale)
     factor = scale * query.shape[-1] ** 0.5
-    queries = query[0, :, kept.query_from :] * factor
-    kept.queries[layer] = _float16(queries, layer, "queries")
-    kept.past_sum[layer] = past.cpu().numpy()
-    kept.utility_sum[layer] = total.cpu().numpy()
-    kept.utility_max[layer] = largest.cpu().numpy()
+    found = {
+        "keys": key[0],
+        "values": value[0],
+        "queries": query[0, :, kept.query_from :] * factor,
+        "past_sum": past,
+        "utility_sum": total,
+        "utility_max": largest,
+    }
     if kept.stats is not None:
         mean, covariance = kept.stats.measure(module, layer, query[0])
-        kept.query_mean[layer] = (mean * factor).cpu().numpy()
-        kept.query_cov[layer] = (covariance * factor**2).cpu().numpy()
+        found |= {"query_mean": mean * factor, "query_cov": covariance * factor**2}
+    kept.keep(layer, found)
     return output.unsqueeze(0), None
 
 
@@ -169,11 +219,7 @@ def _float16(tensor: torch.Tensor, layer: int, what: str) -> np.ndarray:
     half = tensor.to(torch.float16)
     if not math.isfinite(half.sum(dtype=torch.float32)):  # one pass; infinities and NaN survive it
         head = int((~torch.isfinite(half)).any(-1).any(-1).nonzero()[0])
-        largest = float(tensor[head].abs().max())
-        raise KvenvError(
-            f"{what} of layer {layer} head {head} reach {largest:g}, beyond float16's 65504, and "
-            "cannot be recorded: leave that layer out with --layers"
-        )
+        raise too_large(what, layer, head, float(tensor[head].abs().max()))
     return half.cpu().numpy()
 
 
@@ -227,13 +273,23 @@ def capture(
         raise KvenvError(
             f"an episode of {length} tokens cannot have {n} prompt tokens: need 1 <= n < S"
         )
+    layers = tuple(full_attention_layers(model.config)) if layers is None else layers
     kept = Capture(
         n=n,
-        layers=tuple(full_attention_layers(model.config)) if layers is None else layers,
+        layers=layers,
         query_from=0 if query_window is None else max(0, n - query_window),
         stats=QueryStats(model, length, n) if stats else None,
+        offload=_background(model, layers),
     )
     with torch.inference_mode(), attention_of(model, NAME):
         ids = tokens.to(model.device).unsqueeze(0)
         result = model(ids, use_cache=False, logits_to_keep=logits_to_keep, kvenv_capture=kept)
+        kept.settle()
     return kept, result.logits
+
+
+def _background(model: PreTrainedModel, layers: tuple[int, ...]) -> Offload | None:
+    """For a model on one GPU, a way to the host that does not hold it up."""
+    devices = {parameter.device for parameter in model.parameters()}
+    alone = len(devices) == 1 and model.device.type == "cuda"
+    return Offload(layers, model.device) if alone else None

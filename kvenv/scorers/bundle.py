@@ -14,6 +14,7 @@ from kvenv import identity
 from kvenv.errors import KvenvError
 from kvenv.scorers import storage
 from kvenv.scorers.base import Head, Pointwise
+from kvenv.scorers.curves import Curves
 from kvenv.scorers.network import Architecture, PerHeadMLP, age_term
 from kvenv.scorers.storage import is_bundle
 from kvenv.trace import ModelInfo
@@ -31,9 +32,12 @@ class NetworkScorer(Pointwise):
         training: provenance: agent, its options, trace sets, steps, seconds.
         metrics: what it reached on held-out documents.
         card: its model card (see `kvenv.scorers.card`), saved and loaded as README.md.
+        curves: the retention that budgets gave its heads on held-out documents, for dividing a
+            budget among them (`kvenv.cache.allocation`).
 
     Raises:
-        KvenvError: if the networks are not of the architecture, or their heads not the model's.
+        KvenvError: if the networks are not of the architecture, their heads not the model's, or
+            the curves of other heads.
     """
 
     network: PerHeadMLP
@@ -42,6 +46,7 @@ class NetworkScorer(Pointwise):
     training: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     card: str | None = None
+    curves: Curves | None = None
 
     def __post_init__(self) -> None:
         if (self.network.age is not None) != self.architecture.age:
@@ -50,6 +55,12 @@ class NetworkScorer(Pointwise):
                 "them with Architecture.build"
             )
         _check_heads(self.network.heads, self.model)
+        if self.curves is not None and not {*self.curves.heads} <= {*self.network.heads}:
+            odd = sorted({*self.curves.heads} - {*self.network.heads})
+            raise KvenvError(
+                f"retention curves are of heads {odd} that the agent does not have: measure them "
+                "again with `kvenv curves`"
+            )
         self.network.requires_grad_(False).eval()
         self.heads: frozenset[Head] | None = frozenset(self.network.heads)
         self.pointwise = self.architecture.pointwise
@@ -102,6 +113,17 @@ class NetworkScorer(Pointwise):
             self._layers[layer, device] = _Layer(part, index)
         return self._layers[layer, device]
 
+    def layer_networks(self, layer: int, device: torch.device) -> PerHeadMLP:
+        """The networks of a layer on a device, their KV heads ascending.
+
+        Raises:
+            KvenvError: if it has none for that layer.
+        """
+        own = self._layer(layer, device)
+        if own is None:
+            raise KvenvError(f"{self!r} has no networks for layer {layer}")
+        return own.network
+
     def check_model(self, model: Any) -> None:
         """Refuse another model than the one it was trained on.
 
@@ -128,7 +150,7 @@ class NetworkScorer(Pointwise):
             )
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write the bundle, whole or not at all; an existing bundle is replaced, its card too.
+        """Write the bundle, whole or not at all; an existing one is replaced, card and curves too.
 
         Args:
             folder: where.
@@ -154,10 +176,11 @@ class NetworkScorer(Pointwise):
         for part in ("training", "metrics"):
             for key, value in config[part].items():
                 to_json({key: value}, f"{part} {key!r} of a scorer")
-        storage.write_bundle(folder, config, storage.stored(self.network, dtype), self.card)
+        state = storage.stored(self.network, dtype)
+        storage.write_bundle(folder, config, state, self.card, self.curves)
 
     def push_to_hub(self, repo_id: str, dtype: torch.dtype = torch.float32, **kwargs: Any) -> str:
-        """Upload the bundle, its card included, to the Hugging Face hub.
+        """Upload the bundle, card and curves included, to the Hugging Face hub.
 
         Args:
             repo_id: "user/name"; created if it does not exist.
@@ -209,8 +232,8 @@ class NetworkScorer(Pointwise):
         network = architecture.build(heads, info.head_dim)
         storage.read_weights(network, folder / storage.WEIGHTS)
         training, metrics = config.get("training", {}), config.get("metrics", {})
-        card = storage.read_card(folder)
-        scorer = cls(network, architecture, info, training, metrics, card)
+        beside = storage.read_card(folder), storage.read_curves(folder)
+        scorer = cls(network, architecture, info, training, metrics, *beside)
         if model is not None:
             scorer.check_model(model)
         return scorer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kvenv.display import RESULT_COLUMNS
 from kvenv.errors import KvenvError
 from kvenv.scorers.bundle import NetworkScorer
-from kvenv.scorers.storage import CARD, unwritable
+from kvenv.scorers.storage import CARD, write_beside
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -122,15 +121,8 @@ def write_card(
     folder = Path(folder)
     scorer = NetworkScorer.from_pretrained(folder)
     text = card(scorer, results, name or folder.resolve().name, command, **options)
-    path, scratch = folder / CARD, folder / f".{CARD}.new"
-    try:
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, path)
-    except OSError as error:
-        raise unwritable(folder, error) from error
-    finally:
-        scratch.unlink(missing_ok=True)
-    return path
+    write_beside(folder, CARD, text)
+    return folder / CARD
 
 
 class _Evaluation:

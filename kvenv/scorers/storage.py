@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -16,10 +17,12 @@ from safetensors.torch import load_file, save_file
 
 from kvenv.errors import KvenvError
 from kvenv.scorers.base import Head
+from kvenv.scorers.curves import Curves, dump
 from kvenv.scorers.network import Architecture, PerHeadMLP
 
 FORMAT, VERSIONS = "kvenv-scorer", (1, 2)
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+CURVES = "curves.json"
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """What weights may be stored in."""
@@ -46,19 +49,22 @@ def is_bundle(folder: str | Path) -> bool:
     return isinstance(config, dict) and config.get("format") == FORMAT
 
 
+def local_bundle(folder: str | Path) -> Path:
+    """A folder, if it holds a bundle."""
+    if not all((Path(folder) / name).is_file() for name in (CONFIG, WEIGHTS)):
+        raise KvenvError(f"{str(folder)!r} is not a bundle: it should hold {CONFIG} and {WEIGHTS}")
+    return Path(folder)
+
+
 def local_folder(source: str | Path) -> Path:
     """Where a bundle's files are, downloaded if the source is a hub id."""
     if Path(source).exists():
-        if not all((Path(source) / name).is_file() for name in (CONFIG, WEIGHTS)):
-            raise KvenvError(
-                f"{str(source)!r} is not a bundle: it should hold {CONFIG} and {WEIGHTS}"
-            )
-        return Path(source)
+        return local_bundle(source)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=[CONFIG, WEIGHTS, CARD]))
+        return Path(snapshot_download(str(source), allow_patterns=[CONFIG, WEIGHTS, CARD, CURVES]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise KvenvError(
             f"no bundle {str(source)!r}: no such folder, and the Hugging Face hub gave none"
@@ -99,6 +105,38 @@ def read_card(folder: Path) -> str | None:
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise KvenvError(f"{folder / CARD} cannot be read ({error}): mend or delete it") from error
+
+
+def read_curves(folder: Path) -> Curves | None:
+    """A bundle's retention curves, if it has them."""
+    path = folder / CURVES
+    try:
+        return Curves.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KvenvError) as error:
+        raise KvenvError(f"{path} cannot be used ({error})") from error
+
+
+def write_curves(folder: Path, curves: Curves) -> None:
+    """Add curves to a bundle that is there, or replace its own.
+
+    Raises:
+        KvenvError: if they cannot be written; the bundle is then as before.
+    """
+    write_beside(folder, CURVES, dump(curves))
+
+
+def write_beside(folder: Path, name: str, text: str) -> None:
+    """Write a text file of a bundle that is there, whole or not at all."""
+    scratch = folder / f".{name}.new"
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        os.replace(scratch, folder / name)
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def read_weights(network: PerHeadMLP, path: Path) -> None:
@@ -159,7 +197,11 @@ def stored(network: PerHeadMLP, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def write_bundle(
-    folder: Path, config: Mapping[str, Any], state: Mapping[str, torch.Tensor], card: str | None
+    folder: Path,
+    config: Mapping[str, Any],
+    state: Mapping[str, torch.Tensor],
+    card: str | None = None,
+    curves: Curves | None = None,
 ) -> None:
     """Write a bundle's files beside ``folder`` and then put them in its place.
 
@@ -177,6 +219,8 @@ def write_bundle(
         (scratch / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if card is not None:
             (scratch / CARD).write_text(card, encoding="utf-8")
+        if curves is not None:
+            (scratch / CURVES).write_text(dump(curves), encoding="utf-8")
         scratch.chmod(0o755)
         if folder.exists():
             _replace(folder, scratch)

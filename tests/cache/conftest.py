@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,8 +15,21 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from kvenv import identity
+from kvenv.cache import attention
+from kvenv.cache.padding import LeftPadding
+from kvenv.cache.plan import Plan
+from kvenv.cache.scoring import CacheScorer
+from kvenv.cache.static import SlotLayer
+from kvenv.cache.worth import Limits
+from kvenv.scorers import NetworkScorer
 from kvenv.scorers.base import Pointwise
+from kvenv.scorers.network import Architecture
+from kvenv.trace import ModelInfo
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 SIZES = {
     "vocab_size": 128,
@@ -30,23 +44,31 @@ SIZES = {
 }
 
 
+def _everywhere(numbers: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A scorer's numbers by the kind of device; copied now, since no CUDA graph could."""
+    return {kind: numbers.to(kind) for kind in {"cpu", DEVICE}}
+
+
 class Table(Pointwise):
     """A score drawn for every KV head and position, with many ties."""
 
     table = torch.randint(6, (2, 4096), generator=torch.Generator().manual_seed(0)).float()
+    tables = _everywhere(table)
 
     def score(self, layer, keys, values, positions, **needs):
         # `gather`, unlike indexing, refuses the negative positions of pads.
-        return self.table.expand(positions.shape[0], -1, -1).gather(-1, positions)
+        table = self.tables[positions.device.type]
+        return table.expand(positions.shape[0], -1, -1).gather(-1, positions)
 
 
 class AgedTable(Table):
     """A table whose scores fade with age and recover every 7 tokens, for head 0 more than 1."""
 
     fade = torch.tensor([-1.25, -0.5])
+    fades = _everywhere(fade)
 
     def age_term(self, layer, age):
-        return age % 7 * self.fade.view(1, -1, 1)
+        return age % 7 * self.fades[age.device.type].view(1, -1, 1)
 
 
 class KeyNorm(Pointwise):
@@ -68,6 +90,44 @@ class MeanKey(Pointwise):
         return (keys - keys.mean(dim=-2, keepdim=True)).float().norm(dim=-1)
 
 
+def _worth_of(scorer, head: int, keys: dict[int, np.ndarray], now: int) -> dict[int, float]:
+    """Score the tokens present (position -> key) in float64, by the scorer's name."""
+    kind = type(scorer).__name__
+    if kind == "MeanKey":
+        mean = np.mean(list(keys.values()), axis=0)
+        return {p: float(np.linalg.norm(key - mean)) for p, key in keys.items()}
+    if kind == "KeyNorm":
+        return {p: -float(np.linalg.norm(key)) for p, key in keys.items()}
+    fade = float(scorer.fade[head]) if kind == "AgedTable" else 0.0
+    return {p: float(scorer.table[head, p]) + fade * ((now - p) % 7) for p in keys}
+
+
+def _simulate(
+    scorer,
+    head: int,
+    keys: np.ndarray,
+    pad: int,
+    steps: list[int],
+    budget: int,
+    sinks: int,
+    recent: int,
+) -> Iterator[list[int]]:
+    """Positions that one head of one row holds after every step; keys (S, d) of the padded row."""
+    held: dict[int, np.ndarray] = {}
+    seen = 0
+    for q in steps:
+        held = held | {i - pad: keys[i] for i in range(max(seen, pad), seen + q)}
+        seen += q
+        now = seen - 1 - pad
+        worth = _worth_of(scorer, head, held, now) if held else {}
+        free = [p for p in held if p >= sinks and p <= now - recent]
+        worst_first = sorted(free, key=lambda p: (worth[p], -p))
+        for p in worst_first[: max(0, len(held) - budget)]:
+            del held[p]
+        assert len(held) <= budget
+        yield sorted(held)
+
+
 class NoWaiting(TorchDispatchMode):
     """Fails where the host would wait for the device to tell it a number."""
 
@@ -86,6 +146,46 @@ def no_waiting() -> type[TorchDispatchMode]:
 
 
 @pytest.fixture(scope="session")
+def simulate() -> Callable[..., Iterator[list[int]]]:
+    """`_simulate`: helpers come as fixtures, since tests are not a package."""
+    return _simulate
+
+
+@pytest.fixture(scope="session")
+def static_layer() -> Callable[..., SlotLayer]:
+    """A layer 0 whose KV heads have these capacities."""
+
+    def make(
+        capacities, scorer, sinks=1, recent=2, *, backend="torch", block=None, mask=None
+    ) -> SlotLayer:
+        limits = Limits(round(sum(capacities) / len(capacities)), sinks, recent)
+        known = CacheScorer(scorer, None, {0: len(capacities)})
+        plan = Plan({0: capacities}, limits, known, LeftPadding(mask), backend, block)
+        return SlotLayer(0, plan, None)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def feed() -> Callable[..., torch.Tensor]:
+    """Gives a layer a step (B, Hq or H, q, d) as a model does; output (B, q, Hq, d) on the CPU."""
+    attention.serve(LlamaConfig(attn_implementation="sdpa"))
+    serve = ALL_ATTENTION_FUNCTIONS[attention.PREFIX + "sdpa"]
+
+    def feed(layer, query, key, value, mask=None):
+        module = torch.nn.Module()
+        module.num_key_value_groups = query.shape[1] // key.shape[1]
+        module.is_causal = True
+        query, key, value = (states.to(DEVICE) for states in (query, key, value))
+        mask = None if mask is None else mask.to(DEVICE)
+        with torch.no_grad():
+            states = layer.update(key, value)
+            return serve(module, query, *states, mask, scaling=query.shape[-1] ** -0.5)[0].cpu()
+
+    return feed
+
+
+@pytest.fixture(scope="session")
 def scorers() -> dict[str, type[Pointwise]]:
     """Scorers by name."""
     return {one.__name__: one for one in (Table, AgedTable, KeyNorm, MeanKey)}
@@ -93,23 +193,54 @@ def scorers() -> dict[str, type[Pointwise]]:
 
 @pytest.fixture(scope="session")
 def model() -> Callable[[str], PreTrainedModel]:
-    """A tiny model by family: llama (2 full layers) or gemma (sliding, full, sliding, full)."""
+    """A tiny model by family: llama (2 full layers) or gemma (sliding, full, sliding, full).
+
+    ``wide`` is a llama of one layer with heads that kernels serve, on the GPU if there is one.
+    """
     torch.manual_seed(0)
     llama = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **SIZES)).eval()
     layers = ["sliding_attention", "full_attention"] * 2
     gemma = Gemma3ForCausalLM(
         Gemma3TextConfig(num_hidden_layers=4, layer_types=layers, sliding_window=8, **SIZES)
     ).eval()
-    for built in (llama, gemma):
+    wide = LlamaForCausalLM(
+        LlamaConfig(num_hidden_layers=1, **(SIZES | {"head_dim": 64, "hidden_size": 32}))
+    ).eval()
+    families = {"llama": llama, "gemma": gemma, "wide": wide}
+    for built in families.values():
         for weight in built.parameters():  # large enough that attention is far from uniform
             weight.data.mul_(4 if weight.ndim > 1 else 1)
 
+    wide.to(DEVICE)
+
     def get(family: str) -> PreTrainedModel:
-        built = {"llama": llama, "gemma": gemma}[family]
+        built = families[family]
         built.set_attn_implementation("sdpa")
         return built
 
     return get
+
+
+@pytest.fixture(scope="session")
+def learned(model) -> Callable[[str, Architecture], NetworkScorer]:
+    """A scorer of all heads that evict, whose numbers lie far apart."""
+
+    def learned(family: str, architecture: Architecture) -> NetworkScorer:
+        lm = model(family)
+        layers = tuple(identity.full_attention_layers(lm.config))
+        parts = {"id": family, "fingerprint": identity.fingerprint(lm), "tokenizer": "t"}
+        info = ModelInfo(**parts, layers=layers, **identity.shape(lm.config))
+        noise = torch.Generator().manual_seed(1)
+        network = architecture.build(info.heads, info.head_dim, noise)
+        network.mean.normal_(generator=noise)
+        network.std.uniform_(0.5, 2, generator=noise)
+        for weight in network.weights:
+            weight.data.mul_(6)
+        if network.age is not None:
+            network.age.data.normal_(std=3, generator=noise)
+        return NetworkScorer(network, architecture, info)
+
+    return learned
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import Gemma3TextConfig, LlamaConfig, T5Config
@@ -13,6 +15,7 @@ from kvenv.scorers.base import Pointwise
 CONFIG = LlamaConfig(
     num_hidden_layers=3, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8
 )
+dynamic = partial(EvictionCache, backend="torch")  # on a GPU too, where layers would be static
 
 
 class Zero(Pointwise):
@@ -43,7 +46,7 @@ def test_sizes_that_cannot_be():
     refuses("recent 0 is not a whole number of at least 1", recent=0)
     refuses("sinks -1 is not a whole number of at least 0", sinks=-1)
     refuses("budget 19 cannot hold sinks 4 \\+ recent 16 = 20", budget=19)
-    assert EvictionCache(CONFIG, Zero(), budget=20).budget == 20
+    assert dynamic(CONFIG, Zero(), budget=20).budget == 20
 
 
 def test_models_that_cannot_be():
@@ -56,9 +59,11 @@ def test_models_that_cannot_be():
 def test_scorers_that_cannot_be():
     refuses("None is not a scorer|'knorm' is not a scorer", scorer="knorm")
     wants = Zero()
-    wants.needs = frozenset({"queries", "past_attention"})
-    refuses("Zero needs past_attention, queries, which a cache cannot give yet", scorer=wants)
-    refuses("Zero needs past_attention, queries", fallback=wants)
+    wants.needs = frozenset({"queries", "utility"})
+    refuses("Zero needs utility, which no cache can know: use a scorer of .*past_attention", wants)
+    refuses("Zero needs utility, which no cache can know", fallback=wants)
+    wants.needs = frozenset({"query_mean"})
+    refuses("needs query_mean and query_cov, .* give EvictionCache the model", scorer=wants)
 
     class Bound(Zero):
         def check_model(self, model):
@@ -66,6 +71,14 @@ def test_scorers_that_cannot_be():
 
     refuses("made for another model than llama", scorer=Bound())
     refuses("made for another model than llama", fallback=Bound())
+
+
+def test_static_options_that_cannot_be():
+    refuses("block 0 is not a whole number of at least 1: give .* 512", block=0)
+    refuses("backend 'cuda': choose one of auto, torch, triton", backend="cuda")
+    refuses("allocation 'layers': choose one of uniform, heads, global", allocation="layers")
+    refuses('allocation "heads" needs retention curves', allocation="heads")
+    refuses("budget 20 is below the 21 tokens", allocation="global", budget=20)
 
 
 def test_missing_heads_are_named_and_a_fallback_fills_them():
@@ -92,7 +105,7 @@ def test_missing_heads_are_named_and_a_fallback_fills_them():
 
     for filler, age in ((Old(), None), (Zero(), lambda layer, age: age.float())):
         filler.age_term = age  # both rank old tokens first
-        cache = EvictionCache(CONFIG, New(some), fallback=filler, budget=4, sinks=0, recent=1)
+        cache = dynamic(CONFIG, New(some), fallback=filler, budget=4, sinks=0, recent=1)
         feed(cache, tokens=8)
         feed(cache, tokens=1)
         held = cache.positions(0)[0].sort(-1).values.tolist()
@@ -101,7 +114,7 @@ def test_missing_heads_are_named_and_a_fallback_fills_them():
 
 
 def test_batches_need_a_left_padded_mask():
-    cache = EvictionCache(CONFIG, Zero(), budget=32)
+    cache = dynamic(CONFIG, Zero(), budget=32)
     with pytest.raises(KvenvError, match=r"pass attention_mask=inputs\['attention_mask'\] \(all"):
         feed(cache, rows=2)
     for row in ([1, 1, 0], [1, 0, 1], [0, 0, 0]):
@@ -110,10 +123,10 @@ def test_batches_need_a_left_padded_mask():
     refuses(r"attention_mask has shape \(3,\)", attention_mask=torch.ones(3))
     mask = torch.ones(2, 8)
     with pytest.raises(KvenvError, match="attention_mask has 2 rows and the batch 3"):
-        feed(EvictionCache(CONFIG, Zero(), budget=32, attention_mask=mask), rows=3)
+        feed(dynamic(CONFIG, Zero(), budget=32, attention_mask=mask), rows=3)
     with pytest.raises(KvenvError, match="covers 8 tokens and the prompt has 9"):
-        feed(EvictionCache(CONFIG, Zero(), budget=32, attention_mask=mask), rows=2, tokens=9)
-    cache = EvictionCache(CONFIG, Zero(), budget=32, attention_mask=mask)
+        feed(dynamic(CONFIG, Zero(), budget=32, attention_mask=mask), rows=2, tokens=9)
+    cache = dynamic(CONFIG, Zero(), budget=32, attention_mask=mask)
     feed(cache, rows=2)
     with pytest.raises(KvenvError, match="holds 2 rows and this step has 4"):
         feed(cache, rows=4)
@@ -125,7 +138,7 @@ def test_answers_that_cannot_be():
             return positions[:, :1].float()
 
     with pytest.raises(KvenvError, match=r"shape \(1, 1, 8\) in layer 1: it must be .*\(1, 2, 8\)"):
-        feed(EvictionCache(CONFIG, Flat(), budget=32), layer=1)
+        feed(dynamic(CONFIG, Flat(), budget=32), layer=1)
 
     class Broken(Zero):
         def score(self, layer, keys, values, positions, **needs):
@@ -135,7 +148,7 @@ def test_answers_that_cannot_be():
 
     for pointwise in (True, False):
         Broken.pointwise = pointwise
-        cache = EvictionCache(CONFIG, Broken(), budget=6, recent=1)
+        cache = dynamic(CONFIG, Broken(), budget=6, recent=1)
         with pytest.raises(KvenvError, match="NaN in layer 2, KV head 1"):
             feed(cache, layer=2)
 
@@ -146,7 +159,7 @@ def test_infinite_scores_neither_push_out_sinks_nor_rank_below_pads():
             return torch.where(positions % 2 == 0, -torch.inf, torch.inf).expand(positions.shape)
 
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1, 1]])
-    cache = EvictionCache(CONFIG, Extreme(), budget=9, sinks=1, recent=1, attention_mask=mask)
+    cache = dynamic(CONFIG, Extreme(), budget=9, sinks=1, recent=1, attention_mask=mask)
     feed(cache, tokens=10)
     assert cache.positions(0)[0, 0].tolist() == [-1, 0, 1, 2, 3, 4, 5, 6, 7]
     feed(cache, tokens=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -11,11 +11,9 @@ import pytest
 import torch
 from scipy.special import erf
 
-from kvenv import identity
 from kvenv.cache import EvictionCache
 from kvenv.scorers import NetworkScorer
 from kvenv.scorers.network import Architecture
-from kvenv.trace import ModelInfo
 
 SMALL = {"budget": 14, "sinks": 2, "recent": 4}
 ARCHITECTURES = {
@@ -28,28 +26,6 @@ ARCHITECTURES = {
 }
 Tokens = dict[int, tuple[np.ndarray, np.ndarray]]
 """Position -> key and value."""
-
-
-@pytest.fixture(scope="module")
-def learned(model) -> Callable[[str, Architecture], NetworkScorer]:
-    """A scorer of all heads that evict, whose numbers lie far apart."""
-
-    def learned(family: str, architecture: Architecture) -> NetworkScorer:
-        lm = model(family)
-        layers = tuple(identity.full_attention_layers(lm.config))
-        parts = {"id": family, "fingerprint": identity.fingerprint(lm), "tokenizer": "t"}
-        info = ModelInfo(**parts, layers=layers, **identity.shape(lm.config))
-        noise = torch.Generator().manual_seed(1)
-        network = architecture.build(info.heads, info.head_dim, noise)
-        network.mean.normal_(generator=noise)
-        network.std.uniform_(0.5, 2, generator=noise)
-        for weight in network.weights:
-            weight.data.mul_(6)
-        if network.age is not None:
-            network.age.data.normal_(std=3, generator=noise)
-        return NetworkScorer(network, architecture, info)
-
-    return learned
 
 
 def worth_of(scorer: NetworkScorer, row: int, held: Tokens, now: int) -> dict[int, float]:

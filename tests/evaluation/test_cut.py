@@ -13,7 +13,8 @@ from transformers import AttentionInterface, DynamicCache
 from kvenv.cache import EvictionCache
 from kvenv.errors import KvenvError
 from kvenv.evaluation.accuracy import greedy
-from kvenv.evaluation.cut import CutLayer, Cutter, forward
+from kvenv.evaluation.cut import Cutter, Prompt, forward
+from kvenv.evaluation.cutlayer import CutLayer
 from kvenv.recording.capture import attention_of
 from kvenv.scorers import load_scorer
 from kvenv.scorers.base import Pointwise
@@ -139,6 +140,78 @@ def test_a_cut_is_an_eviction_cache_s_first_step(families, sets, family: str, na
         expected = model(tokens[:, PROMPT:], past_key_values=step).logits
     logits = forward(model, cut, prompt.future.unsqueeze(0), PROMPT)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def budgets_of(prompt: Prompt, shift: int = 0) -> dict[int, tuple[int, int]]:
+    """Budgets that differ between heads and layers; one layer's are equal, another's are all."""
+    return {
+        layer: [(20, 20), (7, PROMPT + 3), (1, 12)][(at + shift) % 3]
+        for at, layer in enumerate(prompt.orders)
+    }
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("shift", [0, 1, 2])
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_heads_may_have_budgets_of_their_own(
+    cutter, family: str, shift: int, attention: str
+) -> None:
+    ours = cutter(family, "random", "knorm")
+    prompt = ours.read(ours.sets[0], 0)
+    budgets = budgets_of(prompt, shift)
+    tokens = torch.from_numpy(ours.sets[0].tokens(0)).long().unsqueeze(0)
+    cache, start, parts = prompt.cut(budgets), PROMPT, []
+    with attention_of(ours.model, attention):
+        for part in prompt.future.expand(2, -1).split([1, 4, 1, 6], dim=1):
+            parts.append(forward(ours.model, cache, part, start))
+            start += part.shape[1]
+            assert cache.get_seq_length() == start
+    logits = torch.cat(parts, 1)
+    close = 1e-9 if attention == "sdpa" else 1e-5  # its softmax is float32
+    for row in range(2):
+        for layer, orders in prompt.orders.items():
+            kept = [order[:size] for order, size in zip(orders[row], budgets[layer], strict=True)]
+            full = [torch.cat([one, one[:1].expand(PROMPT - len(one))]) for one in kept]
+            KEPT[layer] = torch.stack(full)
+        with torch.no_grad(), attention_of(ours.model, "kvenv_test_reference"):
+            expected = ours.model(tokens, use_cache=False).logits[0, PROMPT:]
+        torch.testing.assert_close(logits[row], expected, rtol=close, atol=close)
+
+
+def test_equal_budgets_of_heads_are_one_budget(cutter) -> None:
+    ours = cutter("gemma", "random", "knorm")
+    prompt = ours.read(ours.sets[0], 0)
+    future = prompt.future.expand(2, -1)
+    whole = forward(ours.model, prompt.cut(17), future, PROMPT)
+    each = forward(ours.model, prompt.cut(dict.fromkeys(prompt.orders, (17, 17))), future, PROMPT)
+    torch.testing.assert_close(each, whole)
+    assert prompt.kept(1, (3, 5))[:, 0, :2].eq(-1).all()
+    assert prompt.kept(1, (3, 5))[:, 0, 2:].tolist() == prompt.kept(1, 3)[:, 0].tolist()
+    assert prompt.kept(1, (3, 5))[:, 1].tolist() == prompt.kept(1, 5)[:, 1].tolist()
+
+
+def test_heads_that_differ_are_not_fed_where_nothing_masks_them(cutter) -> None:
+    ours = cutter("llama", "knorm")
+    prompt = ours.read(ours.sets[0], 0)
+    cache, tokens = prompt.cut(budgets_of(prompt)), prompt.future.unsqueeze(0)
+    forward(ours.model, cache, tokens[:, :2], PROMPT)
+    with (
+        torch.inference_mode(),
+        pytest.raises(KvenvError, match=r"feed it with kvenv\.evaluation\.cut\.forward"),
+    ):
+        ours.model(tokens[:, 2:], past_key_values=cache)
+    with (
+        attention_of(ours.model, "kvenv_test_reference"),
+        pytest.raises(KvenvError, match="'kvenv_test_reference' takes no mask for each head"),
+    ):
+        forward(ours.model, cache, tokens[:, 2:], PROMPT + 2)
+
+
+@pytest.mark.parametrize("budget", [(5,), (5, 6, 7), (5, 0)])
+def test_budgets_that_fit_no_layer_are_refused(cutter, budget: tuple[int, ...]) -> None:
+    prompt = cutter("llama", "knorm")
+    with pytest.raises(KvenvError, match="at least 1 token for each of its 2 KV heads"):
+        prompt.read(prompt.sets[0], 0).kept(0, budget)
 
 
 def test_sinks_and_recent_tokens_stay_whatever_a_scorer_says(families, sets) -> None:

@@ -23,7 +23,11 @@ from transformers import (
 
 from kvenv.errors import KvenvError
 from kvenv.recording import capture as capturing
-from kvenv.recording.capture import blockwise_attention, capture
+from kvenv.recording.capture import blockwise_attention, capture, flash_columns
+from kvenv.recording.offload import Offload
+
+CPU = torch.device("cpu")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 SIZES = {
     "vocab_size": 128,
@@ -202,6 +206,77 @@ def test_blockwise_attention_is_attention(data: st.DataObject) -> None:
     )
     for got, want in zip((output, past, total, largest), expected, strict=True):
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("heads", "group", "d"), [(2, 1, 8), (1, 3, 64), (2, 2, 80)])
+@pytest.mark.parametrize(("n", "T"), [(100, 33), (129, 1), (1, 40)])
+def test_fused_and_blockwise_paths_agree(heads: int, group: int, d: int, n: int, T: int) -> None:
+    dtype = torch.float16 if DEVICE == "cuda" else torch.float32
+    random = torch.Generator().manual_seed(n)
+    q, k, v = (
+        torch.randn(h, n + T, d, generator=random).to(DEVICE, dtype)
+        for h in (heads * group, heads, heads)
+    )
+    right = blockwise_attention(*(part.float() for part in (q, k, v)), n, 0.3)
+    got = flash_columns(q, k, v, n, 0.3)
+    loose = 1e-4 if dtype == torch.float32 else 2e-3
+    for one, other in zip(got, right, strict=True):
+        assert one.shape == other.shape
+        torch.testing.assert_close(one.float(), other, rtol=loose, atol=loose)
+
+
+def test_capture_in_the_background_and_by_kernels_keeps_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, tokens = llama(), some_tokens(90)
+    right, logits = capture(model, tokens, 60, stats=True)
+    if DEVICE == "cuda":  # float32 there: blockwise attention, but in the background
+        model = model.to(DEVICE)
+    else:
+        monkeypatch.setattr(capturing, "fused", lambda query: True)
+        monkeypatch.setattr(capturing, "_background", lambda model, layers: Offload(layers, CPU))
+    kept, same = capture(model, tokens, 60, stats=True)
+    torch.testing.assert_close(same.cpu(), logits, rtol=1e-3, atol=1e-3)
+    for name in (
+        *("keys", "values", "queries", "utility_sum", "utility_max", "past_sum"),
+        *("query_mean", "query_cov"),
+    ):
+        ours, theirs = kept.stack(name), right.stack(name)
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-3, err_msg=name)
+        np.testing.assert_array_equal(getattr(kept, name)[1], ours[1])
+
+
+@pytest.mark.parametrize("weight", ["k_proj", "v_proj"])
+def test_overflow_in_the_background_names_layer_and_head(
+    weight: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = llama()
+    getattr(model.model.layers[1].self_attn, weight).weight.data[8:] *= 1e6
+    if DEVICE == "cuda":
+        model = model.to(DEVICE)
+    else:
+        monkeypatch.setattr(capturing, "_background", lambda model, layers: Offload(layers, CPU))
+    with pytest.raises(KvenvError, match=r"s of layer 1 head 1 reach .* --layers"):
+        capture(model, some_tokens(20), 12)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_capture_on_a_gpu_agrees_with_the_cpu(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    shape = SIZES | {"head_dim": 64, "hidden_size": 256}
+    config = LlamaConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, **shape)
+    model, tokens = LlamaForCausalLM(config).to(dtype).eval(), some_tokens(700)
+    right, _ = capture(model.float(), tokens, 600)
+    kept, _ = capture(model.to(DEVICE, dtype), tokens, 600)
+    for name in ("keys", "values", "queries", "utility_sum", "utility_max", "past_sum"):
+        np.testing.assert_allclose(
+            *(part.stack(name).astype(np.float32) for part in (kept, right)),
+            rtol=0.05,
+            atol=0.02,
+            err_msg=name,
+        )
 
 
 class Largest(TorchDispatchMode):

@@ -223,7 +223,7 @@ def test_a_card_is_written_into_its_bundle(evaluated, tmp_path: Path):
     # Another name for it, in the place of the first card.
     write_card(tmp_path / "kvp-tiny", results, COMMAND, name="other", agent="kvp-tiny")
     assert path.read_text(encoding="utf-8").splitlines().count("# other") == 1
-    files = {"README.md", "config.json", "model.safetensors"}
+    files = {"README.md", "config.json", "curves.json", "model.safetensors"}
     assert {file.name for file in path.parent.iterdir()} == files
 
 

@@ -1,0 +1,1 @@
+"""kvenv inside other libraries; each module needs the extra of its name."""
