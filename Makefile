@@ -19,10 +19,10 @@ demo: .venv/.installed ## record, train, evaluate and generate with an embedded 
 	.venv/bin/python examples/demo.py
 
 test: lint ## lint, types and every test
-	.venv/bin/python -m pytest $(PYTEST_ARGS)
+	.venv/bin/python -m pytest -n auto $(PYTEST_ARGS)
 
 quick: .venv/.installed ## the tests that need no real model
-	.venv/bin/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	.venv/bin/python -m pytest -n auto -m "not slow" $(PYTEST_ARGS)
 
 lint: .venv/.installed ## ruff and pyright
 	.venv/bin/ruff check .
@@ -34,7 +34,7 @@ format: .venv/.installed ## put the code in its one format, and mend what ruff c
 	.venv/bin/ruff format .
 
 test-oldest: .venv-oldest/.installed ## the quick tests on the oldest versions that pyproject.toml allows
-	.venv-oldest/bin/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	.venv-oldest/bin/python -m pytest -n auto -m "not slow" $(PYTEST_ARGS)
 
 wheel-check: .venv/.installed ## build the wheel and use it from an empty folder
 	bash tests/wheel_check.sh

@@ -16,7 +16,7 @@ class Expected(Heuristic):
     """Score = expected attention of normally distributed queries, times the value's norm.
 
     The queries after the prompt are taken to be normal with the prompt's own mean and covariance
-    (`kvenv.recording.query_stats`, recorded with ``--stats``), so that a key's expected weight is
+    (`kvenv.scorers.query_stats`, recorded with ``--stats``), so that a key's expected weight is
     exp(k . mean / sqrt(d) + k^T cov k / 2d). Weights are normalised over the prompt, averaged over
     the query heads that share a KV head and multiplied by ||v||.
 
@@ -36,14 +36,19 @@ class Expected(Heuristic):
     epsilon: float = 0.0
 
     needs = frozenset({"query_mean", "query_cov"})
-    pointwise = False
 
     def __post_init__(self) -> None:
         if self.sinks < 0:
             raise KvenvError(f"sinks is {self.sinks}: give at least 0 tokens")
 
     def score(
-        self, layer: int, keys: Tensor, values: Tensor, positions: Tensor, **needs: Tensor
+        self,
+        layer: int,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        now: Tensor,
+        **needs: Tensor,
     ) -> Tensor:
         """(B, H, n) float32."""
         sink = positions < self.sinks

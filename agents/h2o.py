@@ -28,7 +28,6 @@ class H2O(Heuristic):
     recent: float = 0.5
 
     needs = frozenset({"past_attention"})
-    pointwise = False
 
     def __post_init__(self) -> None:
         if not 0 < self.recent < 1:
@@ -38,7 +37,13 @@ class H2O(Heuristic):
             )
 
     def score(
-        self, layer: int, keys: Tensor, values: Tensor, positions: Tensor, **needs: Tensor
+        self,
+        layer: int,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        now: Tensor,
+        **needs: Tensor,
     ) -> Tensor:
         """(B, H, n) float32."""
         newest, heaviest = (_places(x) for x in (positions, needs["past_attention"]))

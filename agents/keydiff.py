@@ -11,10 +11,14 @@ from kvenv.learning.agent import Heuristic
 class KeyDiff(Heuristic):
     """Score = -cos(k, mean of the normalised keys)."""
 
-    pointwise = False  # the mean moves with every token
-
     def score(
-        self, layer: int, keys: Tensor, values: Tensor, positions: Tensor, **needs: Tensor
+        self,
+        layer: int,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        now: Tensor,
+        **needs: Tensor,
     ) -> Tensor:
         """(B, H, n) float32."""
         anchor = normalize(keys.float(), dim=-1).mean(dim=-2, keepdim=True)

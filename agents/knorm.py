@@ -11,7 +11,13 @@ class KNorm(Heuristic):
     """Score = -||k||."""
 
     def score(
-        self, layer: int, keys: Tensor, values: Tensor, positions: Tensor, **needs: Tensor
+        self,
+        layer: int,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        now: Tensor,
+        **needs: Tensor,
     ) -> Tensor:
         """(B, H, n) float32."""
         return -keys.float().norm(dim=-1)

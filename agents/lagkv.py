@@ -38,8 +38,6 @@ class LagKV(Heuristic):
     lag: int = 128
     cross_scoring: bool = False
 
-    pointwise = False
-
     def __post_init__(self) -> None:
         if self.sinks < 0:
             raise KvenvError(f"sinks is {self.sinks}: give at least 0 tokens")
@@ -47,25 +45,31 @@ class LagKV(Heuristic):
             raise KvenvError(f"lag is {self.lag}: give at least 1 token")
 
     def score(
-        self, layer: int, keys: Tensor, values: Tensor, positions: Tensor, **needs: Tensor
+        self,
+        layer: int,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        now: Tensor,
+        **needs: Tensor,
     ) -> Tensor:
         """(B, H, n) float32."""
-        order = positions.argsort(-1)  # the slots of a cache are in none
         scores = 1 + positions.float()
-        scores.scatter_(-1, order[..., : self.sinks], torch.inf)
+        scores[..., : self.sinks] = torch.inf
         chunks = (keys.shape[2] - self.sinks) // self.lag
         if chunks < 2:
             return scores
-        chunked = order[..., self.sinks : self.sinks + chunks * self.lag]
-        spread = (self._spread(keys, chunked) + self._spread(values, chunked)) / 2
+        end = self.sinks + chunks * self.lag
+        keys, values = (x[:, :, self.sinks : end] for x in (keys, values))
+        spread = (self._spread(keys) + self._spread(values)) / 2
         if not self.cross_scoring:
             spread = spread.argsort(-1).argsort(-1).float() / self.lag
-        return scores.scatter_(-1, chunked[..., : -self.lag], spread.flatten(-2))
+        scores[..., self.sinks : end - self.lag] = spread.flatten(-2)
+        return scores
 
-    def _spread(self, vectors: Tensor, chunked: Tensor) -> Tensor:
+    def _spread(self, vectors: Tensor) -> Tensor:
         """(B, H, chunks - 1, lag): how much each token's channels spread, softmaxed."""
-        ordered = vectors.float().take_along_dim(chunked.unsqueeze(-1), dim=2)
-        parts = ordered.unflatten(2, (-1, self.lag))
+        parts = vectors.float().unflatten(2, (-1, self.lag))
         low, high = parts[:, :, 1:].aminmax(dim=-2, keepdim=True)
         scaled = (parts[:, :, :-1] - low) / (high - low).clamp(min=FLAT)
         return scaled.std(-1).softmax(-1)

@@ -1,4 +1,4 @@
-"""MaskablePPO from sb3-contrib: an agent per head that chooses which slot goes, kvenv/Evict-v0.
+"""MaskablePPO from sb3-contrib: an agent per head that chooses which slot goes, kvenv/Evict-v1.
 
 Huang, Ontanon: A Closer Look at Invalid Action Masking in Policy Gradient Algorithms, 2020
 (arXiv 2006.14171). Needs `pip install 'kvenv[sb3]'`.
@@ -12,7 +12,7 @@ from typing import Any
 
 from kvenv.learning.run import Run
 from kvenv.learning.sb3 import KvenvVecEnv
-from kvenv.learning.sb3.fit import Scale, Task, check_ppo, fit
+from kvenv.learning.sb3.fit import Scale, Setting, check_ppo, fit_heads
 from kvenv.scorers.base import Head
 from kvenv.scorers.bundle import NetworkScorer
 from kvenv.trace import TraceSet
@@ -70,22 +70,20 @@ class MaskablePPO:
         heads: Sequence[Head] | None = None,
         run: Run | None = None,
     ) -> NetworkScorer:
-        """Train one agent per head; see `kvenv.learning.sb3.fit.fit`."""
+        """Train one agent per head; see `kvenv.learning.sb3.fit.fit_heads`."""
         from kvenv.learning.sb3 import MaskablePPO as Algorithm  # an extra: asked for when needed
         from kvenv.learning.sb3 import SlotPolicy
 
-        task = Task(
-            env_id="kvenv/Evict-v0",
+        setting = Setting(
+            env_id="kvenv/Evict-v1",
             arguments={
                 "budget": self.budget,
                 "sinks": self.sinks,
                 "recent": self.recent,
                 "sink_free": self.sink_free,
             },
-            features=("key", "value"),
             steps=self.steps,
             num_envs=self.num_envs,
-            seed=self.seed,
             held_out={"sink_free": False},
         )
 
@@ -102,7 +100,8 @@ class MaskablePPO:
                 gae_lambda=self.gae_lambda,
                 clip_range=self.clip,
                 policy_kwargs={"mean": mean, "std": std, "hidden": self.hidden},
+                seed=self.seed,
                 device="cpu",
             )
 
-        return fit("maskable_ppo", task, make_model, traces, heads, asdict(self), run)
+        return fit_heads("maskable_ppo", setting, make_model, traces, heads, asdict(self), run)

@@ -16,11 +16,16 @@ class Observed(Heuristic):
     """
 
     needs = frozenset({"past_attention"})
-    pointwise = False  # the number of later queries grows
 
     def score(
-        self, layer: int, keys: Tensor, values: Tensor, positions: Tensor, **needs: Tensor
+        self,
+        layer: int,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        now: Tensor,
+        **needs: Tensor,
     ) -> Tensor:
         """(B, H, n) float32."""
-        asked = positions.amax(-1, keepdim=True) - positions + 1
+        asked = now.view(-1, 1, 1) - positions + 1
         return needs["past_attention"].float() / asked

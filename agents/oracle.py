@@ -13,7 +13,13 @@ class Oracle(Heuristic):
     needs = frozenset({"utility"})
 
     def score(
-        self, layer: int, keys: Tensor, values: Tensor, positions: Tensor, **needs: Tensor
+        self,
+        layer: int,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        now: Tensor,
+        **needs: Tensor,
     ) -> Tensor:
         """(B, H, n) float32."""
         return needs["utility"].float()

@@ -1,4 +1,4 @@
-"""PPO from stable-baselines3: an agent per head, in kvenv/Rank-v0 or kvenv/Stream-v0.
+"""PPO from stable-baselines3: an agent per head, in kvenv/Rank-v1 or kvenv/Stream-v1.
 
 Schulman, Wolski, Dhariwal, Radford, Klimov: Proximal Policy Optimization Algorithms, 2017
 (arXiv 1707.06347).
@@ -8,41 +8,48 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import stable_baselines3
 
+from kvenv.errors import KvenvError
 from kvenv.learning.run import Run
-from kvenv.learning.sb3 import KvenvVecEnv, Standardise, TokenPolicy
-from kvenv.learning.sb3.fit import Scale, Task, check_ppo, fit
+from kvenv.learning.sb3 import KvenvVecEnv, TokenPolicy
+from kvenv.learning.sb3.fit import Scale, Setting, check_ppo, fit_heads
 from kvenv.scorers.base import Head
 from kvenv.scorers.bundle import NetworkScorer
 from kvenv.trace import TraceSet
 
+USUAL = {
+    "rank": {"steps": 6144, "num_envs": 32, "rollout": 4, "batch": 32, "lr": 1e-3},
+    "stream": {"steps": 40_000, "num_envs": 32, "rollout": 32, "batch": 256, "lr": 3e-3},
+}
+"""Options that differ between environments, where none are given."""
+
 
 @dataclass
 class PPO:
-    """Learn scores with PPO, by ranking prompts or by scoring tokens as they arrive.
+    """Learn scores with PPO, by ranking prompts or what a cache holds as a text goes on.
 
-    In rank, the policy is one network for every token, which draws whole rankings. In stream it is
-    SB3's own MlpPolicy, and the scores are those of a cache of `budget` tokens.
+    The policy is one network for every token, which draws whole rankings.
 
     Args:
         env: rank or stream; stream needs traces with all queries.
-        steps: timesteps for each head (rank: rankings; stream: tokens); by default 6144 and
-            600000.
-        num_envs: environments side by side; by default 32 and 64.
-        rollout: timesteps of each environment between updates; by default 4 and 128.
-        batch: timesteps of a gradient step; by default 32 and 2048.
+        steps: timesteps for each head (rank: prompts; stream: selections); by default 6144 and
+            40000.
+        num_envs: environments side by side; by default 32.
+        rollout: timesteps of each environment between updates; by default 4 and 32.
+        batch: timesteps of a gradient step; by default 32 and 256.
         epochs: passes over the timesteps between two updates.
-        lr: Adam's learning rate, falling to zero along a line; by default 1e-3 and 5e-4.
+        lr: Adam's learning rate, falling to zero along a line; by default 1e-3 and 3e-3.
         clip: how far a probability may move in an update.
-        gamma: discount (stream; a ranking has no later).
+        gamma: discount for each selection (stream; a ranking has no later).
         gae_lambda: of generalised advantage estimation (stream).
-        hidden: widths of the hidden layers; by default 128,128 and 64,64.
+        hidden: widths of the hidden layers.
         budget: tokens that the cache keeps (stream).
         sinks: first tokens that are always kept (stream).
         recent: last tokens that are always kept (stream).
+        interval: tokens between two selections (stream); by default budget / 16, at least 8.
         sink_free: attention to the first 4 tokens does not count in the reward.
         seed: of initial weights, episodes and exploration.
     """
@@ -55,18 +62,21 @@ class PPO:
     epochs: int = 4
     lr: float | None = None
     clip: float = 0.2
-    gamma: float = 0.99
-    gae_lambda: float = 0.97
-    hidden: list[int] = field(default_factory=list)
+    gamma: float = 0.8
+    gae_lambda: float = 0.95
+    hidden: list[int] = field(default_factory=lambda: [64, 64])
     budget: int = 64
     sinks: int = 4
     recent: int = 16
+    interval: int | None = None
     sink_free: bool = False
     seed: int = 0
 
     trains = True
 
     def __post_init__(self) -> None:
+        if self.env not in USUAL:
+            raise KvenvError(f"env is {self.env!r}: give one of {', '.join(USUAL)}")
         check_ppo(self)
 
     def fit(
@@ -75,48 +85,33 @@ class PPO:
         heads: Sequence[Head] | None = None,
         run: Run | None = None,
     ) -> NetworkScorer:
-        """Train one agent per head; see `kvenv.learning.sb3.fit.fit`."""
-        rank = self.env == "rank"
-        usual = (6144, 32, 4, 32, 1e-3) if rank else (600_000, 64, 128, 2048, 5e-4)
-        given = (self.steps, self.num_envs, self.rollout, self.batch, self.lr)
-        steps, num_envs, rollout, batch, lr = (
-            default if one is None else one for one, default in zip(given, usual, strict=True)
-        )
-        cache = {"budget": self.budget, "sinks": self.sinks, "recent": self.recent}
-        task = Task(
-            env_id="kvenv/Rank-v0" if rank else "kvenv/Stream-v0",
-            arguments={"sink_free": self.sink_free, **({} if rank else cache)},
-            features=("key", "value") if rank else ("key", "value", "position", "fill"),
-            steps=steps,
-            num_envs=num_envs,
-            seed=self.seed,
+        """Train one agent per head; see `kvenv.learning.sb3.fit.fit_heads`."""
+        given = {name: getattr(self, name) for name in USUAL[self.env]}
+        chosen = USUAL[self.env] | {k: v for k, v in given.items() if v is not None}
+        cache = {name: getattr(self, name) for name in ("budget", "sinks", "recent", "interval")}
+        setting = Setting(
+            env_id=f"kvenv/{self.env.capitalize()}-v1",
+            arguments={"sink_free": self.sink_free, **({} if self.env == "rank" else cache)},
+            steps=int(chosen["steps"]),
+            num_envs=int(chosen["num_envs"]),
             held_out={"sink_free": False},
         )
 
         def make_model(env: KvenvVecEnv, scale: Scale) -> stable_baselines3.PPO:
             mean, std = scale
-            policy: Any = TokenPolicy
-            extra: dict[str, Any] = {"mean": mean, "std": std, "hidden": self.hidden or [128, 128]}
-            if not rank:
-                policy = "MlpPolicy"
-                extra = {
-                    "features_extractor_class": Standardise,
-                    "features_extractor_kwargs": {"mean": mean, "std": std},
-                    "net_arch": self.hidden or [64, 64],
-                    "log_std_init": -1.0,
-                }
             return stable_baselines3.PPO(
-                policy,
+                TokenPolicy,
                 env,
-                learning_rate=lambda left: lr * left,
-                n_steps=rollout,
-                batch_size=batch,
+                learning_rate=lambda left: chosen["lr"] * left,
+                n_steps=int(chosen["rollout"]),
+                batch_size=int(chosen["batch"]),
                 n_epochs=self.epochs,
                 gamma=self.gamma,
                 gae_lambda=self.gae_lambda,
                 clip_range=self.clip,
-                policy_kwargs=extra,
+                policy_kwargs={"mean": mean, "std": std, "hidden": self.hidden},
+                seed=self.seed,
                 device="cpu",
             )
 
-        return fit("ppo", task, make_model, traces, heads, asdict(self), run)
+        return fit_heads("ppo", setting, make_model, traces, heads, asdict(self), run)

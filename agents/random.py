@@ -21,7 +21,13 @@ class Random(Heuristic):
     seed: int = 0
 
     def score(
-        self, layer: int, keys: Tensor, values: Tensor, positions: Tensor, **needs: Tensor
+        self,
+        layer: int,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        now: Tensor,
+        **needs: Tensor,
     ) -> Tensor:
         """(B, H, n) float32."""
         heads = torch.arange(keys.shape[1], device=positions.device).unsqueeze(-1)

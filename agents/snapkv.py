@@ -32,7 +32,6 @@ class SnapKV(Heuristic):
     kernel: int = 5
 
     needs = frozenset({"queries"})
-    pointwise = False
 
     def __post_init__(self) -> None:
         if self.window < 1:
@@ -41,7 +40,13 @@ class SnapKV(Heuristic):
             raise KvenvError(f"kernel is {self.kernel}: give an odd number of tokens")
 
     def score(
-        self, layer: int, keys: Tensor, values: Tensor, positions: Tensor, **needs: Tensor
+        self,
+        layer: int,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        now: Tensor,
+        **needs: Tensor,
     ) -> Tensor:
         """(B, H, n) float32."""
         weights, own = window_attention(needs["queries"], keys, positions, self.window)

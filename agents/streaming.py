@@ -11,7 +11,7 @@ from kvenv.learning.agent import Heuristic
 
 @dataclass
 class Streaming(Heuristic):
-    """Score = position; the sinks score above all.
+    """Score = minus the age, position - now; the sinks score above all.
 
     Args:
         sinks: how many first tokens are kept before anything else.
@@ -20,7 +20,17 @@ class Streaming(Heuristic):
     sinks: int = 4
 
     def score(
-        self, layer: int, keys: Tensor, values: Tensor, positions: Tensor, **needs: Tensor
+        self,
+        layer: int,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        now: Tensor,
+        **needs: Tensor,
     ) -> Tensor:
         """(B, H, n) float32."""
-        return positions.float().masked_fill(positions < self.sinks, float("inf"))
+        return (
+            (positions - now.view(-1, 1, 1))
+            .float()
+            .masked_fill(positions < self.sinks, float("inf"))
+        )

@@ -17,10 +17,15 @@ class TOVA(Heuristic):
     """
 
     needs = frozenset({"queries"})
-    pointwise = False
 
     def score(
-        self, layer: int, keys: Tensor, values: Tensor, positions: Tensor, **needs: Tensor
+        self,
+        layer: int,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        now: Tensor,
+        **needs: Tensor,
     ) -> Tensor:
         """(B, H, n) float32."""
         weights, newest = window_attention(needs["queries"], keys, positions, 1)

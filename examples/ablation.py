@@ -1,4 +1,4 @@
-"""What raises held-out closure: learning signals, rewards, inputs, sizes, steps and data, compared.
+"""What raises the held-out normalized score: signals, rewards, inputs, sizes, steps and data.
 
 kvenv record text --split train --out runs/train --episodes 400 --prompt-tokens 768 \
     --future-tokens 128    (and the same with --split validation --out runs/validation)
@@ -46,17 +46,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sink_free: 0": (BASE, {"sink_free": 0.0}),
     "sink_free: 0.8": (BASE, {"sink_free": 0.8}),
     "sink_free: 0.95": (BASE, {"sink_free": 0.95}),
-    "inputs: key": (BASE, {"features": ["key"]}),
-    "inputs: value": (BASE, {"features": ["value"]}),
-    "inputs: + position": (BASE, {"features": ["key", "value", "position"]}),
-    "inputs: + norms": (BASE, {"features": ["key", "value", "key_norm", "value_norm"]}),
-    "inputs: + cosine to mean key": (BASE, {"features": ["key", "value", "mean_key"]}),
-    "inputs: + age": (BASE, {"age": True}),
-    "inputs: + position, age": (BASE, {"features": ["key", "value", "position"], "age": True}),
+    "inputs: key": (BASE, {"inputs": ["key"]}),
+    "inputs: value": (BASE, {"inputs": ["value"]}),
     "size: linear": (BASE, {"hidden": []}),
     "size: 64": (BASE, {"hidden": [64]}),
     "size: 256": (BASE, {"hidden": [256]}),
-    "size: 64, 64": (BASE, {"hidden": [64, 64]}),
+    "size: 128, 128": (BASE, {"hidden": [128, 128]}),
     "size: 256, 256": (BASE, {"hidden": [256, 256]}),
     "size: 512, 512": (BASE, {"hidden": [512, 512]}),
     "size: 128, 128, 128": (BASE, {"hidden": [128, 128, 128]}),
@@ -92,15 +87,18 @@ def main() -> None:
             chosen, pool.map(run, chosen, [vars(args)] * len(chosen)), strict=True
         ):
             results[name] = figures
-            closure, free = (figures[kind]["mean"] for kind in ("closure", "sink_free"))
+            normalized_score, free = (
+                figures[kind]["mean"] for kind in ("normalized_score", "sink_free")
+            )
             console.print(
-                f"{name:40} {closure:.4f}, sink-free {free:.4f}, {figures['seconds']:.0f} s"
+                f"{name:40} {normalized_score:.4f}, sink-free {free:.4f}, "
+                f"{figures['seconds']:.0f} s"
             )
             write_json(args.json, {**provenance(), "variants": results})
 
 
 def run(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
-    """Train one variant and measure it: closure with intervals, and seconds of training."""
+    """Train one variant and measure it: normalized scores with intervals, seconds of training."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     train, validation = (
         [TraceSet(path) for path in args[part].split(",")] for part in ("train", "validation")
@@ -119,8 +117,8 @@ def run(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
         "agent": agent,
         "options": options,
         "seconds": scorer.training["seconds"],
-        "closure": interval(measured.full["closure"].mean(1), measured.documents),
-        "sink_free": interval(measured.sink_free["closure"].mean(1), measured.documents),
+        "normalized_score": interval(measured.full["normalized_score"].mean(1), measured.documents),
+        "sink_free": interval(measured.sink_free["normalized_score"].mean(1), measured.documents),
     }
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from kvenv import models
 from kvenv.cache import EvictionCache
-from kvenv.recording import models
 from kvenv.scorers import load_scorer
 
 

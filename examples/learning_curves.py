@@ -30,10 +30,9 @@ from kvenv.trace import TraceSet
 
 CACHE = {"budget": 64, "sinks": 4, "recent": 16}
 EXPERIMENTS = {
-    "PPO on Rank-v0": ("ppo", {"env": "rank", "steps": 6144}, "closure"),
-    "SAC on Rank-v0": ("sac", {"steps": 3072, "start": 256}, "closure"),
-    "PPO on Stream-v0": ("ppo", {"env": "stream", "steps": 600_000, **CACHE}, "retention"),
-    "MaskablePPO on Evict-v0": ("maskable_ppo", {"steps": 24_000, **CACHE}, "retention"),
+    "PPO on Rank-v1": ("ppo", {"env": "rank", "steps": 6144}, "normalized_score"),
+    "PPO on Stream-v1": ("ppo", {"env": "stream", "steps": 40_000, **CACHE}, "retention"),
+    "MaskablePPO on Evict-v1": ("maskable_ppo", {"steps": 24_000, **CACHE}, "retention"),
 }
 """Title -> agent, its options, and what is measured."""
 
@@ -55,7 +54,7 @@ def main() -> None:
 
     learned, results = {}, {}
     for title, (name, options, figure) in EXPERIMENTS.items():
-        lengths = {key: options[key] for key in ("steps", "start") if key in options}
+        lengths = {key: options[key] for key in ("steps",) if key in options}
         scaled = {key: max(12, round(args.share * value)) for key, value in lengths.items()}
         steps = scaled["steps"]
         agent = plugins.load("agent", name)(**{**options, **scaled})
@@ -103,7 +102,7 @@ def figures(table: np.ndarray, heads: list[tuple[int, int]], test: TraceSet) -> 
 
 def draw(results: dict, picture: str) -> None:
     """Held-out figures by training time, a line a head."""
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
+    figure, axes = plt.subplots(1, len(results), figsize=(12, 3.5), layout="constrained")
     for axis, (title, result) in zip(axes.flat, results.items(), strict=True):
         for head, curve in result["curves"].items():
             points = [(one["seconds"], one[result["figure"]]) for one in curve]

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
+from kvenv import models
 from kvenv.cache import EvictionCache
 from kvenv.cli import main
-from kvenv.learning.episodes import choose_heads, read_heads
-from kvenv.recording import models
 from kvenv.scorers import NetworkScorer, load_scorer
 from kvenv.scorers.network import Architecture, PerHeadMLP
 from kvenv.testing import check_agent
+from kvenv.trace.batches import choose_heads, read_heads
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Linear:
         """Solve (X'X / N + ridge I) w = X'y / N for every head at once."""
         began, heads = time.monotonic(), choose_heads(traces, heads)
         episodes = [read_heads(t, i, heads) for t in traces for i in range(len(t))]
-        x = torch.cat([torch.cat([e.keys, e.values], -1) for e in episodes], 1)  # (H, N, 2d)
+        x = torch.cat([torch.cat([e.framed(), e.values], -1) for e in episodes], 1)  # (H, N, 2d)
         y = torch.cat([e.utility for e in episodes], 1).clamp(min=1e-6).log().unsqueeze(-1)
         network = PerHeadMLP(heads, x.shape[-1], hidden=())
         network.mean, network.std = x.mean(1, keepdim=True), x.std(1, keepdim=True)

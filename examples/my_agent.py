@@ -11,7 +11,13 @@ class ValueNorm(Heuristic):
     """Keep the tokens whose values are large: they move the attention's output most."""
 
     def score(
-        self, layer: int, keys: Tensor, values: Tensor, positions: Tensor, **needs: Tensor
+        self,
+        layer: int,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        now: Tensor,
+        **needs: Tensor,
     ) -> Tensor:
         """(B, H, n) float32, higher = keep."""
         return values.float().norm(dim=-1)

@@ -27,13 +27,13 @@ def main() -> None:
     parser.add_argument("--picture", default="rank.png")
     args = parser.parse_args()
 
-    env = gym.make("kvenv/Rank-v0", traces=args.traces, render_mode="rgb_array")
+    env = gym.make("kvenv/Rank-v1", traces=args.traces, render_mode="rgb_array")
     choice = {"episode": args.episode, "layer": args.layer, "head": args.head}
     observation, info = env.reset(seed=0, options=choice)
 
     policy = ScorerPolicy(load_scorer(args.agent), env)
     _, reward, _, _, info = env.step(policy(observation, info))
-    print(f"{args.agent}: reward {reward:.3f}, closure {info['closure']:.3f}")
+    print(f"{args.agent}: reward {reward:.3f}, normalized score {info['normalized_score']:.3f}")
     Image.fromarray(env.render()).save(args.picture)
     print(f"wrote {args.picture}")
 

@@ -23,10 +23,10 @@ def main() -> None:
 
     where = {"layer": args.layer, "head": args.head}
     mean, std = standardise([TraceSet(args.traces)], [(args.layer, args.head)])
-    held_out = HeldOut(make_vec("kvenv/Rank-v0", 4, traces=args.held_out, **where), every=1024)
+    held_out = HeldOut(make_vec("kvenv/Rank-v1", 4, traces=args.held_out, **where), every=1024)
     model = PPO(
         TokenPolicy,
-        make_vec("kvenv/Rank-v0", 16, traces=args.traces, **where),
+        make_vec("kvenv/Rank-v1", 16, traces=args.traces, **where),
         learning_rate=1e-3,
         n_steps=4,
         batch_size=32,
@@ -37,7 +37,8 @@ def main() -> None:
     )
     model.learn(args.steps, callback=held_out)
     for figures in held_out.history:
-        print(f"{figures['steps']:6.0f} rankings: held-out closure {figures['closure']:.3f}")
+        score = figures["normalized_score"]
+        print(f"{figures['steps']:6.0f} rankings: held-out normalized score {score:.3f}")
     export(model).save_pretrained(args.out)
     print(f"wrote {args.out}")
 

@@ -1,4 +1,4 @@
-"""Watch a cache forget: an agent plays kvenv/Stream-v0, as a GIF and as RecordVideo's MP4.
+"""Watch a cache forget: an agent plays kvenv/Stream-v1, as a GIF and as RecordVideo's MP4.
 
 python examples/watch_stream.py                          # knorm on the packaged sample
 python examples/watch_stream.py --agent my-kvp --mp4     # needs pip install 'kvenv[video]'
@@ -31,7 +31,7 @@ def main() -> None:
     args = parser.parse_args()
 
     env = gym.make(
-        "kvenv/Stream-v0",
+        "kvenv/Stream-v1",
         traces=args.traces,
         budget=args.budget,
         sinks=4,

@@ -18,11 +18,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "record": commands.record,
     "inspect": commands.inspect,
     "train": commands.train,
-    "curves": commands.curves,
+    "calibrate": commands.calibrate,
     "evaluate": commands.evaluate,
     "generate": commands.generate,
     "dataset": commands.dataset,
-    "bench": commands.bench,
     "report": commands.report,
 }
 PLUGINS: dict[str, plugins.Kind] = {"record": "workload", "train": "agent"}

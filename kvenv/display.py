@@ -22,7 +22,7 @@ from kvenv.trace import TraceSet, summary
 console = Console()
 
 RESULT_COLUMNS = {
-    "closure": "closure",
+    "normalized_score": "normalized_score",
     "reward": "all budgets",
     "retention@1/16": "1/16",
     "retention@1/8": "1/8",
@@ -97,7 +97,9 @@ def print_results(result: Mapping[str, Any]) -> None:
         table.add_column("agent", min_width=9)
         for heading in RESULT_COLUMNS.values():
             table.add_column(heading, justify="right")
-        for name in sorted(agents, key=lambda agent: -agents[agent][table_name]["closure"]["mean"]):
+        for name in sorted(
+            agents, key=lambda agent: -agents[agent][table_name]["normalized_score"]["mean"]
+        ):
             figures = [agents[name][table_name][metric] for metric in RESULT_COLUMNS]
             cells = [f"{f['mean']:.3f} ±{(f['high'] - f['low']) / 2:.3f}" for f in figures]
             table.add_row(name, *cells)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kvenv.errors import KvenvError
+from kvenv.rotation import rotations_of
 from kvenv.trace import ModelInfo
 
 
@@ -58,7 +59,10 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def describe(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: list[int] | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    layers: list[int] | None = None,
+    length: int = 1024,
 ) -> ModelInfo:
     """What a trace set or a bundle keeps of a model.
 
@@ -66,6 +70,7 @@ def describe(
         model: the model.
         tokenizer: its tokenizer.
         layers: the recorded layers; None means every full-attention layer.
+        length: the longest text, in tokens, for which rotations are stated and proved.
 
     Raises:
         KvenvError: if a layer is not a full-attention layer of the model.
@@ -81,5 +86,6 @@ def describe(
         fingerprint=fingerprint(model),
         tokenizer=tokenizer_hash(tokenizer),
         layers=tuple(chosen),
+        rotations=rotations_of(model, chosen, length),
         **shape(model.config),
     )

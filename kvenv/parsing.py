@@ -18,7 +18,7 @@ from kvenv.errors import KvenvError
 BARE = {"generate": "greedy"}
 """What an option that takes a choice means when no choice follows it."""
 
-POSITIONAL = ("folder", "prompt", "what", "environment", "files")
+POSITIONAL = ("folder", "prompt", "scorer", "environment", "files")
 """Arguments given by place, not as options."""
 
 COMMAS = "separated by commas"
@@ -89,6 +89,8 @@ def _kind(hint: Any) -> str:
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         if options[0] in names:
             return names[options[0]]
+    if {*options} == {int, float}:
+        return "a number"
     return f"a value of type {hint}"
 
 

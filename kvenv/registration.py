@@ -5,9 +5,9 @@ from __future__ import annotations
 import gymnasium
 
 ENVIRONMENTS = {
-    "kvenv/Rank-v0": ("kvenv.envs.rank:RankEnv", "kvenv.envs.vector:RankVectorEnv"),
-    "kvenv/Stream-v0": ("kvenv.envs.stream:StreamEnv", "kvenv.envs.vector:StreamVectorEnv"),
-    "kvenv/Evict-v0": ("kvenv.envs.evict:EvictEnv", "kvenv.envs.vector:EvictVectorEnv"),
+    "kvenv/Rank-v1": ("kvenv.envs.rank:RankEnv", "kvenv.envs.vector:RankVectorEnv"),
+    "kvenv/Stream-v1": ("kvenv.envs.stream:StreamEnv", "kvenv.envs.vector:StreamVectorEnv"),
+    "kvenv/Evict-v1": ("kvenv.envs.evict:EvictEnv", "kvenv.envs.vector:EvictVectorEnv"),
 }
 """Ids, and where the single and the vector environment are; loaded only when one is made."""
 

@@ -14,6 +14,7 @@ import torch
 from hypothesis import settings
 
 from kvenv import plugins
+from kvenv.rotation import Rotation
 from kvenv.trace import EpisodeArrays, Manifest, ModelInfo, TraceSet, TraceWriter
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ SB3 = {"steps": 2, "num_envs": 2, "batch": 2}
 QUICK: dict[str, dict[str, Any]] = {
     **{name: {"steps": 2} for name in ("kvp", "pairwise", "listwise", "regression")},
     "ppo": {**SB3, "rollout": 2, "epochs": 1, "budget": 8, "sinks": 1, "recent": 1},
-    "sac": {**SB3, "steps": 4, "buffer": 8, "start": 2},
     "maskable_ppo": {**SB3, "rollout": 2, "epochs": 1, "budget": 8, "sinks": 1, "recent": 1},
 }
 """Options that make an agent learn in no time, from prompts of a few tokens."""
@@ -65,13 +65,15 @@ def record_tiny(
     layers: tuple[int, ...] = (1, 3),
     seed: int = 0,
     stats: bool = False,
+    rotation: Rotation | tuple[Rotation | str, ...] | None = None,
 ) -> TraceSet:
     """Record random episodes of (n, T) tokens: 4 layers, 2 KV and 4 query heads of 8.
 
     ``utility`` makes the future attention (L, H, n) of the prompt's keys (L, H, n, d); ``stats``
-    adds query statistics.
+    adds query statistics; ``rotation`` is that of all layers, or of each.
     """
-    model = ModelInfo("tiny", fingerprint, "llama", "t", 4, 2, 4, 8, layers)
+    rotations = rotation if isinstance(rotation, tuple) else (rotation or Rotation(),) * len(layers)
+    model = ModelInfo("tiny", fingerprint, "llama", "t", 4, 2, 4, 8, layers, rotations)
     manifest = Manifest(model, "random", {}, seed, len(lengths), "all", {}, stats=stats)
     with TraceWriter(folder, manifest, shard_episodes=2) as writer:
         for index in range(writer.done, len(lengths)):
@@ -82,8 +84,8 @@ def record_tiny(
                 rng.normal(size=(len(layers), heads, n + T, 8)).astype(np.float16)
                 for heads in (2, 2, 4)
             )
-            total, largest, past = (
-                rng.exponential(size=(len(layers), 2, n)).astype(np.float32) ** 3 for _ in range(3)
+            total, largest, past, window = (
+                rng.exponential(size=(len(layers), 2, n)).astype(np.float32) ** 3 for _ in range(4)
             )
             if utility is not None:
                 total = utility(keys[:, :, :n].astype(np.float32)).astype(np.float32)
@@ -94,7 +96,7 @@ def record_tiny(
                 moments = [root[..., 0], root @ root.swapaxes(-1, -2) / 8]
             writer.add(
                 EpisodeArrays(
-                    *(tokens, keys, values, queries, total, largest, past, n, T),
+                    *(tokens, keys, values, queries, total, largest, past, window, n, T),
                     *(document, {}, index),
                     *(part.astype(np.float32) for part in moments),
                 )

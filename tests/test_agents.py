@@ -42,8 +42,10 @@ def inputs(batch: int = 3, n: int = 11, dtype: torch.dtype = torch.float32) -> I
         "keys": normal(batch, 2, n, 8),
         "values": normal(batch, 2, n, 8),
         "positions": torch.arange(n).mul(3).expand(batch, 2, n),
+        "now": torch.full((batch,), 3 * n - 3),
         "queries": normal(batch, 4, 6, 8),
         "past_attention": torch.rand(batch, 2, n, generator=noise),
+        "recent_attention": torch.rand(batch, 2, n, generator=noise),
         "query_mean": normal(batch, 4, 8),
         "query_cov": torch.eye(8).expand(batch, 4, 8, 8),
         "utility": torch.rand(batch, 2, n, generator=noise),
@@ -51,7 +53,7 @@ def inputs(batch: int = 3, n: int = 11, dtype: torch.dtype = torch.float32) -> I
 
 
 def score(scorer: Scorer, given: Inputs) -> torch.Tensor:
-    wanted = {"keys", "values", "positions", *scorer.needs}
+    wanted = {"keys", "values", "positions", "now", *scorer.needs}
     return scorer.score(LAYER, **{name: given[name] for name in wanted})
 
 
@@ -59,15 +61,6 @@ def score(scorer: Scorer, given: Inputs) -> torch.Tensor:
 class TestContract:
     def test_it_is_kept(self, name: str, quick_agent):
         check_agent(quick_agent(name))
-
-    def test_only_a_pointwise_scorer_needs_no_company(self, name: str, fit):
-        scorer, given = fit(name), inputs(n=12)
-        some = torch.tensor([7, 0, 3, 9])
-        per_token = set(given) - {"queries", "query_mean", "query_cov"}
-        fewer = given | {part: given[part][:, :, some] for part in per_token}
-        together, alone = score(scorer, given)[:, :, some], score(scorer, fewer)
-        same = torch.allclose(together, alone, rtol=1e-5, atol=1e-6)
-        assert same == scorer.pointwise
 
     def test_scores_tell_tokens_apart(self, name: str, fit):
         scores = score(fit(name), inputs(n=40))
@@ -82,7 +75,7 @@ def uniforms(layer: int = 0, n: int = 20_000, first: int = 0, **options: int) ->
     scorer = plugins.load("agent", "random")(**options)
     positions = torch.arange(first, first + n).expand(1, 2, n)
     nothing = torch.zeros(1, 2, n, 1)
-    return scorer.score(layer, nothing, nothing, positions)[0]
+    return scorer.score(layer, nothing, nothing, positions, positions[:, 0, -1])[0]
 
 
 @pytest.mark.parametrize("options", [{}, {"layer": 29}, {"seed": 5}, {"first": 10**6}])
@@ -110,15 +103,20 @@ def test_random_goes_by_position_not_by_place():
     assert torch.equal(uniforms(first=100, n=50), uniforms(n=150)[:, 100:])
 
 
+def three() -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions of three tokens, and now."""
+    return torch.arange(3).view(1, 1, 3), torch.tensor([2])
+
+
 def test_knorm_keeps_small_keys():
     keys = torch.tensor([[3.0, 4.0], [0.0, 1.0], [6.0, 8.0]]).view(1, 1, 3, 2)
-    scores = plugins.load("agent", "knorm")().score(0, keys, keys, torch.arange(3).view(1, 1, 3))
+    scores = plugins.load("agent", "knorm")().score(0, keys, keys, *three())
     assert scores.flatten().tolist() == [-5, -1, -10]
 
 
 def test_keydiff_keeps_the_key_that_points_away():
     keys = torch.tensor([[1.0, 0.0], [100.0, 0.1], [-1.0, 0.2]]).view(1, 1, 3, 2)
-    scores = plugins.load("agent", "keydiff")().score(0, keys, keys, torch.arange(3).view(1, 1, 3))
+    scores = plugins.load("agent", "keydiff")().score(0, keys, keys, *three())
     unit = torch.nn.functional.normalize(keys, dim=-1)
     mean = unit.mean(-2)
     expected = -(unit @ mean.transpose(-1, -2)).squeeze(-1) / mean.norm(dim=-1)
@@ -127,10 +125,10 @@ def test_keydiff_keeps_the_key_that_points_away():
 
 
 def test_streaming_keeps_the_sinks_then_the_newest():
-    positions = torch.tensor([[[9, 2, 0, 3, 5]]])
+    positions, now = torch.tensor([[[0, 2, 3, 5, 9]]]), torch.tensor([9])
     keys = torch.zeros(1, 1, 5, 1)
-    scores = plugins.load("agent", "streaming")(sinks=2).score(0, keys, keys, positions)
-    assert scores.argsort(descending=True, stable=True).flatten().tolist() == [2, 0, 4, 3, 1]
+    scores = plugins.load("agent", "streaming")(sinks=2).score(0, keys, keys, positions, now)
+    assert scores.argsort(descending=True, stable=True).flatten().tolist() == [0, 4, 3, 2, 1]
 
 
 def test_the_oracle_is_the_utility():

@@ -21,6 +21,8 @@ from safetensors.torch import load_file, save_file
 from kvenv import cli, commands, parsing
 from kvenv.commands import recording
 from kvenv.errors import KvenvError
+from kvenv.evaluation.calibrating import calibrate as fit
+from kvenv.scorers import Calibration, NetworkScorer, load_scorer
 from kvenv.trace import TraceSet
 
 WORKLOAD = '''
@@ -123,7 +125,7 @@ GENERATE = "generate hello --model model0"
     [
         *("", "record", "record text", "record ruler", "record chat", "train", "train kvp"),
         *("record boolq", "record arc", "record longbench", "record govreport"),
-        *("inspect", "evaluate", "generate", "bench"),
+        *("inspect", "evaluate", "generate", "calibrate", "report"),
     ],
 )
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -310,18 +312,13 @@ def test_lists_are_given_with_commas(text: str, hint: Any, spelt: str) -> None:
         (f"{GENERATE} --agent nosuch", ["unknown agent 'nosuch'"]),
         (f"{GENERATE} --agent oracle", ["utility"]),
         (f"{GENERATE} --agent one/bundle", ["no scores for 3 of the 4 heads", "fallback"]),
-        (f"{GENERATE} --budget 0", ["budget 0 keeps nothing"]),
-        (f"{GENERATE} --budget -3", ["budget -3 keeps nothing"]),
-        (f"{GENERATE} --budget 1.5", ["budget 1.5 is neither whole tokens nor a share"]),
-        (f"{GENERATE} --budget 19", ["budget 19 cannot hold sinks 4 + recent 16"]),
-        (f"{GENERATE} --budget 0.5", ["budget 0.5 of 5 prompt tokens is 2, below sinks 4"]),
+        (f"{GENERATE} --budget 0", ["budget 0 holds no token"]),
+        (f"{GENERATE} --budget -3", ["budget -3 holds no token"]),
+        (f"{GENERATE} --budget 1.5", ["budget 1.5 is not in (0, 1]"]),
+        (f"{GENERATE} --budget 19", ["budget 19 cannot hold sinks and recent"]),
+        (f"{GENERATE} --budget 0.5", ["budget 0.5 of 5 prompt tokens is 2"]),
         (f"{GENERATE} --budget lots", ["--budget 'lots': give a number"]),
         (f"{GENERATE} --max-new-tokens 0", ["max-new-tokens is 0"]),
-        ("bench", ["must be given"]),
-        ("bench record --model model0 --tokens 9", ["tokens [9]"]),
-        ("bench record --num-envs 8", ["bench record takes no --num-envs"]),
-        ("bench env --model model0 --tokens 99", ["bench env takes no --model or --tokens"]),
-        ("bench env --sizes small,huge", ["unknown size 'huge'", "small, medium, large"]),
     ],
 )
 def test_unusable_input_is_one_line(refused: Refused, command: str, parts: list[str]) -> None:
@@ -331,7 +328,7 @@ def test_unusable_input_is_one_line(refused: Refused, command: str, parts: list[
 def test_a_share_of_the_prompt_is_a_budget(work, capsys) -> None:
     command = "generate --traces traces0 --model model0 --budget 0.5 --recent 2 --max-new-tokens 3"
     assert kvenv(*command.split()) == 0
-    assert "12 of 26 tokens a head kept" in capsys.readouterr().out
+    assert "11 of 26 tokens a head kept" in capsys.readouterr().out
 
 
 def test_compare_shows_both(work, capsys) -> None:
@@ -353,7 +350,51 @@ def test_bundles_of_one_name_are_told_apart(work) -> None:
     result = json.loads(Path("a.json").read_text())
     assert set(result["agents"]) == {"bundle", "one/bundle", "knorm", "oracle"}
     assert result["heads"] == [[0, 1]]
-    assert result["agents"]["oracle"]["full"]["closure"]["mean"] == pytest.approx(1)
+    assert result["agents"]["oracle"]["full"]["normalized_score"]["mean"] == pytest.approx(1)
+
+
+ADAPTIVE = "--tasks perplexity --allocations uniform,adaptive --budgets 0.5 --sinks 1 --recent 2"
+
+
+def test_a_bundle_is_calibrated_in_place(work, capsys) -> None:
+    before = load_scorer("bundle")
+    assert isinstance(before, NetworkScorer)
+    assert kvenv("calibrate", "bundle", "--traces", "traces0") == 0
+    assert "calibrated 4 heads on 4 episodes; wrote bundle" in capsys.readouterr().out
+    after, expected = load_scorer("bundle"), fit(before, [TraceSet("traces0")])
+    assert isinstance(after, NetworkScorer)
+    assert after.calibration is not None
+    assert after.calibration.heads == expected.heads
+    assert torch.equal(after.calibration.masses, expected.masses)
+    for mine, theirs in zip(after.network.parameters(), before.network.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+    command = f"evaluate --traces traces0 --agents bundle --json a.json {ADAPTIVE}"
+    assert kvenv(*command.split()) == 0
+    agents = json.loads(Path("a.json").read_text())["perplexity"]["agents"]
+    assert set(agents) == {"bundle", "bundle (adaptive)"}
+    assert agents["bundle"] != agents["bundle (adaptive)"]
+
+
+def test_a_heuristic_s_calibration_is_a_file(work, capsys) -> None:
+    assert kvenv("calibrate", "knorm", "--traces", "traces0", "--out", "knorm.table") == 0
+    assert "calibrated 4 heads on 4 episodes; wrote knorm.table" in capsys.readouterr().out
+    found = Calibration.load("knorm.table")
+    assert torch.equal(found.masses, fit(load_scorer("knorm"), [TraceSet("traces0")]).masses)
+
+    command = "generate --traces traces0 --model model0 --budget 12 --recent 2 --max-new-tokens 3"
+    assert kvenv(*command.split(), "--allocation=adaptive", "--calibration=knorm.table") == 0
+    assert re.search(r"\b11 of 26 tokens a head kept", capsys.readouterr().out)
+    command = f"evaluate --traces traces0 --agents knorm --json a.json {ADAPTIVE}"
+    assert kvenv(*command.split(), "--calibrate-on", "traces0") == 0
+    agents = json.loads(Path("a.json").read_text())["perplexity"]["agents"]
+    assert agents["knorm"] != agents["knorm (adaptive)"]
+
+
+def test_what_has_no_calibration_does_not_compete(refused: Refused) -> None:
+    refused("calibrate knorm --traces traces0", "'knorm' is no bundle's folder", "--out FILE")
+    refused(f"evaluate --traces traces0 --agents knorm {ADAPTIVE}", "knorm", "--calibrate-on")
+    refused(f"{GENERATE} --allocation adaptive", "KNorm has no calibration", "kvenv calibrate")
 
 
 def test_a_plug_in_may_not_take_the_command_s_options(refused: Refused, work: Path) -> None:

@@ -18,7 +18,7 @@ from kvenv.errors import KvenvError
 
 minari = pytest.importorskip("minari")
 
-RANK, STREAM, EVICT = "kvenv/Rank-v0", "kvenv/Stream-v0", "kvenv/Evict-v0"
+RANK, STREAM, EVICT = "kvenv/Rank-v1", "kvenv/Stream-v1", "kvenv/Evict-v1"
 ENVIRONMENTS = [
     (RANK, {}),
     (RANK, {"flat": False, "budgets": [0.25, 8], "sinks": 2}),
@@ -279,5 +279,5 @@ def test_the_command_writes_a_heuristics_episodes(
     assert main(command) == 2
     assert "exists: overwrite it (--overwrite)" in capsys.readouterr().err
     if environment == "stream":
-        assert main([*command[:5], "keydiff", *command[6:]]) == 2
-        assert "use kvenv/Evict-v0" in capsys.readouterr().err
+        assert main([*command[:5], "h2o", *command[6:]]) == 2
+        assert "use kvenv/Rank-v1" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from PIL import Image
 
 from kvenv.cli import main
 from kvenv.plugins import load
+from kvenv.rules import refresh_interval
 from kvenv.scorers import load_scorer
 from kvenv.scorers.network import Architecture
 
@@ -39,7 +40,7 @@ def run(name: str, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rank_env_draws_the_oracle(monkeypatch, capsys) -> None:
     run("rank_env.py", monkeypatch=monkeypatch)
-    assert "closure 1.000" in capsys.readouterr().out
+    assert "normalized score 1.000" in capsys.readouterr().out
     picture = np.asarray(Image.open("rank.png"))
     assert picture.shape == (540, 960, 3)
     assert picture.std() > 10
@@ -47,7 +48,7 @@ def test_rank_env_draws_the_oracle(monkeypatch, capsys) -> None:
 
 def test_train_kvp_beats_chance(monkeypatch, capsys) -> None:
     run("train_kvp.py", "--steps", "30", monkeypatch=monkeypatch)
-    assert load_scorer("kvp").metrics["closure"] > 0.5
+    assert load_scorer("kvp").metrics["normalized_score"] > 0.5
     assert "sink-free" in capsys.readouterr().out
 
 
@@ -56,7 +57,7 @@ def test_generate_stays_within_its_budget(monkeypatch, capsys) -> None:
     run("generate.py", "--max-new-tokens", "8", monkeypatch=monkeypatch)
     held = re.search(r"(\d+) of (\d+) tokens held", capsys.readouterr().out)
     assert held is not None
-    assert int(held[1]) == 128 < int(held[2])
+    assert 128 - refresh_interval(128) < int(held[1]) <= 128 < int(held[2])
 
 
 @pytest.mark.slow
@@ -77,14 +78,14 @@ def test_watch_stream_writes_a_gif_and_a_film(monkeypatch, capsys) -> None:
     run("watch_stream.py", "--mp4", "--every", "40", monkeypatch=monkeypatch)
     assert "retention 0.9" in capsys.readouterr().out
     picture = Image.open("stream.gif")
-    assert (picture.size, picture.n_frames) == ((960, 540), 10)
+    assert (picture.size, picture.n_frames) == ((960, 540), 9)
     assert [path.suffix for path in Path("videos").iterdir()] == [".mp4"]
 
 
 def test_sb3_ppo_beats_chance(monkeypatch, capsys) -> None:
     run("sb3_ppo.py", "--steps", "256", monkeypatch=monkeypatch)
-    closure = float(re.findall(r"closure (.*)", capsys.readouterr().out)[-1])
-    assert closure > 0.5
+    normalized_score = float(re.findall(r"normalized score (.*)", capsys.readouterr().out)[-1])
+    assert normalized_score > 0.5
     assert load_scorer("ppo").heads == {(10, 1)}
 
 
@@ -101,7 +102,7 @@ def test_ablation_compares_variants(monkeypatch, capsys) -> None:
         assert figures["agent"] in name
         assert figures["options"]["steps"] == 4
         assert figures["options"]["lr"] == load("agent", figures["agent"])().lr
-        for part in ("closure", "sink_free"):
+        for part in ("normalized_score", "sink_free"):
             assert figures[part]["low"] <= figures[part]["mean"] <= figures[part]["high"] <= 1
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("steps: double", *names))
@@ -118,8 +119,8 @@ def test_every_variant_of_the_ablation_is_one_that_its_agent_takes() -> None:
     for name, (agent, options) in variants.items():
         plugin = load("agent", agent)
         made = plugin(**{**options, "steps": 4, "lr": plugin().lr})
-        architecture = Architecture(tuple(made.features), tuple(made.hidden), age=made.age)
-        assert architecture.inputs(64) >= 64, name
+        architecture = Architecture(tuple(made.inputs), tuple(made.hidden))
+        assert architecture.width(64) >= 64, name
 
 
 def test_learning_curves_are_drawn(monkeypatch) -> None:
@@ -128,7 +129,7 @@ def test_learning_curves_are_drawn(monkeypatch) -> None:
     ]
     run("learning_curves.py", *sets, "--heads", "10:1", "--share", "0.005", monkeypatch=monkeypatch)
     results = json.loads(Path("learning_curves.json").read_text())
-    for title in ("PPO on Rank-v0", "MaskablePPO on Evict-v0"):
+    for title in ("PPO on Rank-v1", "MaskablePPO on Evict-v1"):
         assert len(results[title]["curves"]["10:1"]) >= 1
         assert results[title]["test"].keys() == {
             "learned",
@@ -196,37 +197,6 @@ def test_the_zoo_is_rebuilt_and_what_is_trained_is_not_trained_again(
     zoo.main()
     assert "train kvp" not in commands(capsys.readouterr().out)
     assert (bundle / "README.md").read_text() == card
-
-
-def test_allocations_are_compared_at_equal_totals(tiny: str, monkeypatch, capsys) -> None:
-    sizes = f"--model {tiny} --prompt-tokens 64 --future-tokens 8"
-    for split in ("train", "validation", "test"):
-        line = f"record text --split {split} --episodes 3 {sizes} --out {split}"
-        assert main(line.split()) == 0
-    assert main("train kvp --traces train --out agent --steps 20 --hidden 8".split()) == 0
-    line = "--traces test --agent agent --sinks 2 --recent 3 --budgets 0.125,0.25,0.5"
-    run("allocation.py", *line.split(), "--json", "own.json", monkeypatch=monkeypatch)
-    assert "full cache: perplexity" in capsys.readouterr().out
-    line += " --curves validation --json other.json"
-    run("allocation.py", *line.split(), monkeypatch=monkeypatch)
-    own, other = (json.loads(Path(f"{name}.json").read_text()) for name in ("own", "other"))
-    assert (own["curves"]["traces"], len(other["curves"]["traces"])) == ([], 1)
-    for result in (own, other):
-        assert list(result["budgets"]) == ["0.125", "0.25", "0.5"]
-        for budget, modes in result["budgets"].items():
-            assert list(modes) == ["uniform", "heads", "global"]
-            assert modes["uniform"]["least"] == modes["uniform"]["most"] == 64 * float(budget)
-            for figures in modes.values():
-                assert 6 <= figures["least"] <= figures["most"] <= 64
-                assert 0 < figures["sink_free"]["mean"] <= 1
-                assert ("perplexity" in figures) == (budget != "0.5")
-            assert modes["uniform"]["retention_versus_uniform"]["difference"] == 0
-    same, divided = (one["budgets"]["0.25"] for one in (own, other))
-    assert same["uniform"]["perplexity"] == divided["uniform"]["perplexity"]
-    assert divided["global"]["most"] > divided["global"]["least"]
-    with pytest.raises(SystemExit):
-        run("allocation.py", *line.replace("validation", "test").split(), monkeypatch=monkeypatch)
-    assert "share documents" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from kvenv import plugins
 from kvenv.errors import KvenvError
 from kvenv.learning.agent import Heuristic
 from kvenv.recording.workload import Sample
-from kvenv.scorers import NetworkScorer, Pointwise
+from kvenv.scorers import NetworkScorer
 from kvenv.testing import check_agent, check_scorer, check_workload
 from kvenv.trace import TraceSet
 
@@ -58,22 +58,25 @@ def test_the_example_workload_keeps_its_contract() -> None:
 # --- scorers ---------------------------------------------------------------------------------
 
 
-class Good(Pointwise):
-    def score(self, layer, keys, values, positions, **needs):
+class Good:
+    needs: frozenset[str] = frozenset()
+    heads: frozenset[tuple[int, int]] | None = None
+
+    def score(self, layer, keys, values, positions, now, **needs):
         return keys.float().sum(-1) + positions / 100
 
 
 def scorer(formula: Callable[..., Any] | None = None, **attributes: Any) -> Any:
     """One whose score is a formula of keys, values and positions."""
     if formula is not None:
-        attributes["score"] = lambda self, layer, keys, values, positions, **needs: formula(
+        attributes["score"] = lambda self, layer, keys, values, positions, now, **needs: formula(
             keys, values, positions
         )
     return type("Mine", (Good,), attributes)()
 
 
-def of_age(formula: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    return lambda self, layer, age: formula(age)
+def seen_from_now(self, layer, keys, values, positions, now, **needs):
+    return keys.float().sum(-1) - (now[:, None, None] - positions).float()
 
 
 def counting(calls: list[int]) -> Callable[..., torch.Tensor]:
@@ -86,11 +89,9 @@ def counting(calls: list[int]) -> Callable[..., torch.Tensor]:
 
 ALL = torch.nn.Parameter(torch.ones(64))
 SCORERS = {
-    "no scorer": (SimpleNamespace(needs=frozenset(), score=1), "no pointwise, age_term, heads:"),
+    "no scorer": (SimpleNamespace(needs=frozenset(), score=1), "it has no heads: define"),
     "needs a set": (scorer(needs={"queries"}), r"needs is \{'queries'\}: give a frozenset"),
     "needs unknown": (scorer(needs=frozenset({"future"})), "needs is .*'future'"),
-    "pointwise": (scorer(pointwise=None), "pointwise is None"),
-    "age_term": (scorer(age_term=3), "age_term is 3: give None or"),
     "heads a list": (scorer(heads=[(0, 0)]), r"heads is \[\(0, 0\)\]"),
     "heads of what": (scorer(heads=frozenset({3})), r"heads is frozenset\(\{3\}\)"),
     "raises": (scorer(lambda k, v, p: k @ p), "3 rows of 11 tokens raised RuntimeError"),
@@ -109,7 +110,6 @@ SCORERS = {
             lambda k, v, p: (
                 (p - p.amin(2, keepdim=True)) / (p.amax(2, keepdim=True) - p.amin(2, keepdim=True))
             ),
-            pointwise=False,
         ),
         "one token gave NaN",
     ),
@@ -128,7 +128,7 @@ SCORERS = {
             lambda k, v, p: (
                 k.bfloat16().sum(-1).float()
                 if k.dtype != torch.float32
-                else Good.score(0, 0, k, v, p * 0)
+                else Good().score(0, k, v, p * 0, p)
             )
         ),
         "other numbers for torch.float16",
@@ -137,14 +137,6 @@ SCORERS = {
         scorer(lambda k, v, p: (k.float() - k.float().mean(0)).sum(-1)),
         "row 0 of a batch other scores",
     ),
-    "not pointwise": (
-        scorer(lambda k, v, p: (k.float() - k.float().mean(2, keepdim=True)).sum(-1)),
-        "pointwise is True, but",
-    ),
-    "order": (
-        scorer(lambda k, v, p: k.float().sum(-1) + torch.arange(k.shape[2])),
-        "pointwise is True, but",
-    ),
     "state": (scorer(counting([])), "asked again"),
     "noise": (scorer(lambda k, v, p: torch.rand(p.shape)), "global generator of torch"),
     "seeding": (
@@ -152,11 +144,6 @@ SCORERS = {
         "global generator of numpy",
     ),
     "in place": (scorer(lambda k, v, p: k.mul_(2).float().sum(-1)), "changed its keys"),
-    "age's shape": (scorer(age_term=of_age(lambda a: a[0].float())), r"age_term gave shape \(2, 1"),
-    "age's dtype": (scorer(age_term=of_age(lambda a: a)), "age_term gave torch.int64"),
-    "age's nan": (scorer(age_term=of_age(lambda a: a / a)), "age_term gave NaN.*guard"),
-    "age raises": (scorer(age_term=lambda self, age: age), "age_term raised TypeError"),
-    "age in place": (scorer(age_term=of_age(lambda a: a.add_(1).float())), "changed its age"),
 }
 
 
@@ -167,12 +154,8 @@ def test_scorers_that_break_the_contract_are_refused(case: str) -> None:
 
 def test_scorers_that_keep_it_are_not() -> None:
     check_scorer(Good())
-    check_scorer(scorer(age_term=of_age(lambda age: -age.float().log())))
-    check_scorer(
-        scorer(
-            lambda k, v, p: (k.float() - k.float().mean(2, keepdim=True)).sum(-1), pointwise=False
-        )
-    )
+    check_scorer(scorer(lambda k, v, p: (k.float() - k.float().mean(2, keepdim=True)).sum(-1)))
+    check_scorer(scorer(score=seen_from_now))
 
 
 def test_scorers_are_asked_for_the_heads_and_sizes_given() -> None:
@@ -181,9 +164,9 @@ def test_scorers_are_asked_for_the_heads_and_sizes_given() -> None:
     class Watched(Good):
         needs = frozenset({"queries"})
 
-        def score(self, layer, keys, values, positions, **needs):
+        def score(self, layer, keys, values, positions, now, **needs):
             shapes.add((layer, keys.shape[1], keys.shape[3], *needs["queries"].shape[1::2]))
-            return super().score(layer, keys, values, positions)
+            return super().score(layer, keys, values, positions, now)
 
     check_scorer(Watched(), [(3, 2), (5, 0)], head_dim=6)
     check_scorer(Watched(), head_dim=6, kv_heads=1, query_heads=7)
@@ -342,7 +325,7 @@ def test_a_learner_may_tell_what_it_likes() -> None:
 def test_heuristics_of_ones_own_pass() -> None:
     check_agent(heuristic())
     check_agent(heuristic()())
-    check_agent(heuristic(pointwise=False, needs=frozenset({"utility", "queries"})))
+    check_agent(heuristic(needs=frozenset({"utility", "queries"})))
 
 
 # --- workloads -------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ mkdir "$scratch/empty"
 cd "$scratch/empty"
 
 section "An environment on the packaged sample"
-"$bin/python" -c "import gymnasium as gym; gym.make('kvenv:kvenv/Rank-v0').reset(seed=0)"
+"$bin/python" -c "import gymnasium as gym; gym.make('kvenv:kvenv/Rank-v1').reset(seed=0)"
 
 section "The command line"
 "$bin/kvenv" --help

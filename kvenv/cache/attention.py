@@ -1,4 +1,4 @@
-"""transformers' attention, with a way in for caches whose slots no library function can read.
+"""transformers' attention, with a way in for slots that no library function can read.
 
 `serve` registers ``kvenv|sdpa`` (or whatever a model runs with) beside the library's own and sets
 it in the config. With any other cache, and without one, it is the library's function unchanged.
@@ -40,8 +40,15 @@ class Origin(weakref.ref[Any]):
         return type(None), ()
 
 
+def marked(keys: torch.Tensor, layer: Any) -> torch.Tensor:
+    """A view of keys that leads attention to a cache layer."""
+    view = keys.view_as(keys)
+    setattr(view, LAYER, Origin(layer))
+    return view
+
+
 def serve(config: PretrainedConfig) -> None:
-    """Let the model of this text config run with static caches."""
+    """Let the model of this text config run with eviction caches."""
     base = config._attn_implementation or "sdpa"
     if base.startswith(PREFIX):
         return
@@ -89,7 +96,7 @@ def _attention(
 
     if key.ndim == 3:
         return layer.attend_by(query, scale, attend), None
-    return layer.read(query, key, value, scale, module, own, attend), None
+    return layer.read(query, key, value, scale, module, attention_mask, own, attend), None
 
 
 def _library(base: str, module: torch.nn.Module) -> Callable[..., Any]:

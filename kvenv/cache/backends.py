@@ -1,4 +1,4 @@
-"""Which functions move and read a static cache's slots: Triton's kernels, or plain torch."""
+"""Which functions read a cache's slots: Triton's kernels, or plain torch."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class Backend:
 
     Attributes:
         name: triton or torch.
-        attend, insert, admit: the functions of these names.
-        networks: how to pack a layer's networks for `insert`, and to score with them; None where
-            scorers score for themselves.
+        attend: the function of this name.
+        select: likewise; None where sorting and gathering do it.
+        networks: how to pack a layer's networks, and to score with them; None where scorers score
+            for themselves.
     """
 
     name: str
     attend: Callable[..., torch.Tensor]
-    insert: Callable[..., None]
-    admit: Callable[..., None]
+    select: Callable[..., None] | None = None
     networks: tuple[Callable[..., Any], Callable[..., torch.Tensor]] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Backend:
@@ -82,17 +82,14 @@ def choose(asked: Choice, states: torch.Tensor, same_size: bool) -> Backend:
             stacklevel=2,
         )
         return _torch()
-    from kvenv.cache.kernels.admit import admit
-    from kvenv.cache.kernels.insert import insert
     from kvenv.cache.kernels.network import pack
     from kvenv.cache.kernels.score import score
+    from kvenv.cache.kernels.select import select
 
-    return Backend("triton", attend, insert, admit, (pack, score))
+    return Backend("triton", attend, select, (pack, score))
 
 
 def _torch() -> Backend:
-    from kvenv.cache.kernels.admit_reference import admit_reference
     from kvenv.cache.kernels.attend_reference import attend_reference
-    from kvenv.cache.kernels.insert_reference import insert_reference
 
-    return Backend("torch", attend_reference, insert_reference, admit_reference)
+    return Backend("torch", attend_reference)

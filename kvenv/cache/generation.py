@@ -1,4 +1,4 @@
-"""`generate`: transformers' generation with the steps of a static cache as one CUDA graph."""
+"""`generate`: transformers' generation with the steps of an eviction cache as one CUDA graph."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 
-from kvenv.cache.static import SlotLayer
+from kvenv.cache.layer import EvictionLayer
 from kvenv.errors import KvenvError
 
 if TYPE_CHECKING:
@@ -39,9 +39,9 @@ def generate(
 
     Logits processors, sampling, stopping criteria and streamers are transformers' own; of its ways
     to decode there are greedy search and sampling, one sequence a row. Once the prompt is read,
-    the model's forward step is captured in a CUDA graph and replayed, where every layer's cache is
-    static (`kvenv.cache.static`: an NVIDIA GPU, no sliding windows, a pointwise scorer); elsewhere
-    it runs as it is. The host waits for the device only once in ``check_every`` tokens.
+    the model's forward step is captured in a CUDA graph and replayed, where all layers evict, on
+    one NVIDIA GPU, and the scorer asks for no queries; elsewhere it runs as it is. Selections run
+    between two replays. The host waits for the device only once in ``check_every`` tokens.
 
     Args:
         model: a causal language model.
@@ -135,7 +135,8 @@ class _Steps:
         wanted = torch.zeros(text.shape[1], dtype=torch.bool, device=text.device)
         wanted[:length] = True
         unfinished = torch.ones(rows, dtype=torch.bool, device=input_ids.device)
-        logits = _read(model, self._cache, input_ids, mask, generation_config.prefill_chunk_size)
+        chunk = generation_config.prefill_chunk_size
+        logits = _read(model, self._cache, input_ids, mask, chunk)
         step = _Step(model, self._cache, mask, self._graph)
         done = length
         while done < limit:
@@ -166,28 +167,35 @@ class _Step:
         rows = mask.shape[0]
         self._token = torch.zeros(rows, 1, dtype=torch.long, device=mask.device)
         self._position = mask.sum(-1, keepdim=True)  # of the next token
-        self._static = all(isinstance(layer, SlotLayer) and layer.static for layer in cache.layers)
-        self._mask = None if self._static else mask
-        where = {layer.device for layer in cache.layers if isinstance(layer, SlotLayer)}
+        alike = all(isinstance(layer, EvictionLayer) for layer in cache.layers)
+        policy = cache.policy
+        ready = all(pool.appends for pool in cache.pools)
+        static = alike and ready and policy.interface and not policy.scorer.needs
+        self._mask = None if static else mask
+        where = {layer.device for layer in cache.layers if isinstance(layer, EvictionLayer)}
         parts = set((getattr(model, "hf_device_map", None) or {}).values())
         alone = where == {mask.device} and len(parts) < 2  # a graph is of one device
-        self._capture = graph and self._static and alone and mask.device.type == "cuda"
+        self._capture = graph and static and alone and mask.device.type == "cuda"
+        self._version = -1  # of the buffers that the graph knows
         self._ran = 0
         self._replay: torch.cuda.CUDAGraph | None = None
         self._logits = torch.empty(0)
 
     def __call__(self, token: torch.Tensor) -> torch.Tensor:
         self._token.copy_(token.unsqueeze(-1))
-        if self._replay is not None:
+        if self._capture and self._ran >= EAGER_STEPS:
+            for pool in self._cache.pools:
+                pool.settle()
+                pool.advance()
+            version = sum(pool.version for pool in self._cache.pools)
+            if self._replay is None or version != self._version:
+                self._replay, self._version = None, version
+                torch.cuda.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):  # records, and runs nothing
+                    self._logits = self._run()
+                self._replay = graph
             self._replay.replay()
-            return self._logits
-        if self._capture and self._ran == EAGER_STEPS:
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):  # records, and runs nothing
-                self._logits = self._run()
-            self._replay = graph
-            graph.replay()
             return self._logits
         self._ran += 1
         if not self._capture:
@@ -229,6 +237,10 @@ def _read(
             f"{input_ids.shape[1]} are given: give the whole text, or the new tokens with the "
             "mask of the whole"
         )
+    policy = cache.policy
+    policy.resolve(int(mask.sum(-1).max()))
+    if policy.block and (policy.allocation == "adaptive" or policy.shared):
+        chunk = min(chunk or policy.block, policy.block)  # all layers together, block by block
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     logits = torch.empty(0)
     last = {"logits_to_keep": 1} if "logits_to_keep" in _takes(model) else {}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from kvenv.errors import KvenvError
-from kvenv.recording.query_stats import QueryStats
 
 WINDOW = 64
 """Queries that are remembered, as many as the recorder keeps of a prompt."""
@@ -24,7 +23,7 @@ class Needs:
 
     ``queries`` are the last `WINDOW` that asked, scaled as scorers expect them. ``query_mean`` and
     ``query_cov`` are measured once, over the first step of several tokens. ``past_attention``
-    stays with the slots, in the layer.
+    stays with the slots, and ``recent_attention`` is made of the queries at a selection.
 
     Args:
         names: what is wanted.
@@ -85,15 +84,17 @@ class Needs:
         module: torch.nn.Module,
         layer: int,
         queries: torch.Tensor,
-        pads: torch.Tensor,
+        pads: Sequence[int],
         scale: float,
     ) -> None:
         """Take the statistics of a first step's queries (B, Hq, q, d), without each row's pads."""
         if not self._stats or self._model is None or "query_mean" in self._held:
             return
+        from kvenv.scorers.query_stats import QueryStats
+
         q, factor = queries.shape[2], scale * queries.shape[-1] ** 0.5
         rows: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for row, pad in enumerate(pads.tolist()):
+        for row, pad in enumerate(pads):
             own = max(0, q - pad)
             stats = QueryStats(self._model, own, own)
             rows.append(stats.measure(module, layer, queries[row, :, pad:]))

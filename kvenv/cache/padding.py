@@ -46,50 +46,34 @@ class LeftPadding:
         self._given = None if attention_mask is None else _count_pads(attention_mask)
         self._length = 0 if attention_mask is None else attention_mask.shape[1]
         self._rows: list[int] | None = None
-        self._offsets: dict[torch.device, torch.Tensor] = {}
 
-    def offset(self, rows: int, tokens: int, device: torch.device) -> torch.Tensor | int:
-        """Index minus true position: (rows, 1, 1) int64 on ``device``, or 0 if nothing is padded.
+    def match(self, rows: int, tokens: int) -> None:
+        """Match the known rows to the batch of a first step of ``tokens`` tokens.
 
-        Args:
-            rows: the batch size of this step.
-            tokens: the tokens of this step.
-            device: where the layer lives.
+        Raises:
+            KvenvError: if they cannot be its.
         """
         if self._rows is None:
             self._rows = self._match(rows, tokens)
-        if rows != len(self._rows):
-            raise KvenvError(
-                f"the cache holds {len(self._rows)} rows and this step has {rows}: make a new "
-                "EvictionCache for another batch"
-            )
-        if not any(self._rows):
-            return 0
-        if device not in self._offsets:
-            self._offsets[device] = torch.tensor(self._rows, device=device).view(-1, 1, 1)
-        return self._offsets[device]
 
-    def leading(self, seen: int, held: int) -> list[int] | None:
-        """Pads that lead each row when ``held`` of ``seen`` tokens are kept; None if none.
+    @property
+    def length(self) -> int:
+        """Tokens that the mask covers; 0 without one."""
+        return self._length
 
-        Pads are the first to go, so what the kept tokens do not fill is the padding less all that
-        was evicted. The model's own mask, cut to its last ``held`` columns, masks the same slots.
-        """
-        pads = [min(held, max(0, p - (seen - held))) for p in self._rows or []]
-        return pads if any(pads) else None
+    def pads(self, rows: int) -> list[int]:
+        """Pads of each of ``rows`` rows, which are matched."""
+        return self._rows or [0] * rows
 
     def repeat(self, repeats: int) -> None:
         """Follow ``batch_repeat_interleave``."""
         if self._rows is not None:
-            self._set([p for p in self._rows for _ in range(repeats)])
+            self._rows = [p for p in self._rows for _ in range(repeats)]
 
     def select(self, indices: torch.Tensor) -> None:
         """Follow ``reorder_cache`` and ``batch_select_indices``."""
         if self._rows is not None:
-            self._set(torch.tensor(self._rows)[indices.cpu()].tolist())
-
-    def _set(self, rows: list[int]) -> None:
-        self._rows, self._offsets = rows, {}
+            self._rows = torch.tensor(self._rows)[indices.cpu()].tolist()
 
     def _match(self, rows: int, tokens: int) -> list[int]:
         if self._given is None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from kvenv.errors import KvenvError
+from kvenv.rotation import Rotation
 from kvenv.scorers.base import NEEDS, Head, Scorer
 from kvenv.scorers.bundle import NetworkScorer
 from kvenv.scorers.network import Architecture, PerHeadMLP
@@ -17,7 +18,8 @@ LISTED = 5
 SERVED = NEEDS - {"utility"}
 """What a cache can tell a scorer of the attention that it serves."""
 
-Networks = tuple[PerHeadMLP, Architecture]
+
+Networks = tuple[PerHeadMLP, Architecture, Rotation]
 
 
 class CacheScorer:
@@ -58,12 +60,10 @@ class CacheScorer:
             if any((layer, head) in missing for head in range(count))
         }
         asked = [scorer] if fallback is None or not missing else [scorer, fallback]
-        self.pointwise = all(one.pointwise and not one.needs for one in asked)
-        """Whether every head's scores are fixed when a token arrives."""
+        self.kv_heads = dict(kv_heads)
+        """KV heads of every layer that evicts."""
         self.needs = frozenset[str]().union(*(one.needs for one in asked))
         """What it wants beyond keys, values and positions."""
-        self.ages = any(one.age_term is not None for one in asked)
-        """Whether a token's age adds to its score."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheScorer:
         # A copied cache (a prompt used again) needs its own slots, not a copy of the weights.
@@ -81,50 +81,32 @@ class CacheScorer:
         keys: torch.Tensor,
         values: torch.Tensor,
         positions: torch.Tensor,
-        pads: list[int] | None = None,
+        now: torch.Tensor,
         **needs: torch.Tensor,
     ) -> torch.Tensor:
-        """Scores (B, H, n) float32; what pad tokens get is not meant to be used.
-
-        Args:
-            layer: the model's own layer number.
-            keys: (B, H, n, d).
-            values: (B, H, n, d).
-            positions: (B, H, n) int64, negative for pads.
-            pads: leading pad tokens per row, or None.
-            **needs: what `needs` names, as for `kvenv.scorers.base.Scorer.score`.
-        """
-        scores = _ask(self._scorer, layer, keys, values, positions, pads, needs)
+        """Scores (B, H, n) float32; as `kvenv.scorers.base.Scorer.score`, for every head."""
+        scores = _ask(self._scorer, layer, keys, values, positions, now, needs)
         missing = self._missing_at(layer, keys.device)
         if missing is None or self._fallback is None:
             return scores
-        filler = _ask(self._fallback, layer, keys, values, positions, pads, needs)
+        filler = _ask(self._fallback, layer, keys, values, positions, now, needs)
         return torch.where(missing, filler, scores)
 
+    def pointwise(self, layer: int) -> bool:
+        """Whether a token's score is known not to depend on the others that are there."""
+        return isinstance(self._scorer, NetworkScorer) and layer not in self._missing
+
     def networks(self, layer: int, device: torch.device) -> Networks | None:
-        """The networks that score every KV head of a layer, in order, if that is all there is."""
+        """The networks that score every KV head of a layer, if that is all there is."""
         scorer = self._scorer
-        if layer in self._missing or not self.pointwise or not isinstance(scorer, NetworkScorer):
+        if not self.pointwise(layer) or not isinstance(scorer, NetworkScorer):
             return None
-        return scorer.layer_networks(layer, device), scorer.architecture
+        network = scorer.layer_networks(layer, device)
+        return network, scorer.architecture, scorer.model.rotation(layer)
 
-    @torch.no_grad()
-    def age(self, layer: int, age: torch.Tensor) -> torch.Tensor | None:
-        """What to add to scores at decision time for ages (B, H, n) int64, or None."""
-        missing = self._missing_at(layer, age.device)
-        term = self._scorer.age_term
-        if missing is None or self._fallback is None:
-            return None if term is None else term(layer, age)
-        other = self._fallback.age_term
-        if term is None and other is None:
-            return None
-        none = torch.zeros(age.shape, device=age.device)
-        added = (none if one is None else one(layer, age) for one in (other, term))
-        return torch.where(missing, *added)
-
-    def check(self, layer: int, scores: torch.Tensor, positions: torch.Tensor) -> None:
-        """Raise KvenvError naming layer and head if a true token's score is NaN (synchronises)."""
-        broken = (scores.isnan() & (positions >= 0)).any(-1).any(0)
+    def check(self, layer: int, scores: torch.Tensor, present: torch.Tensor) -> None:
+        """Raise KvenvError naming layer and head if a token's score is NaN (synchronises)."""
+        broken = (scores.isnan() & present).any(-1).any(0)
         if broken.any():
             head = int(broken.nonzero()[0])
             raise KvenvError(
@@ -147,8 +129,7 @@ def _name(scorer: Scorer) -> str:
 def _check_usable(scorer: Scorer) -> None:
     if not isinstance(scorer, Scorer):
         raise KvenvError(
-            f"{scorer!r} is not a scorer: give an agent's scorer (needs, pointwise, age_term, "
-            "heads and score)"
+            f"{scorer!r} is not a scorer: give an agent's scorer (needs, heads and score)"
         )
     if unknown := scorer.needs - SERVED:
         raise KvenvError(
@@ -174,22 +155,14 @@ def _ask(
     keys: torch.Tensor,
     values: torch.Tensor,
     positions: torch.Tensor,
-    pads: list[int] | None,
+    now: torch.Tensor,
     needs: Mapping[str, torch.Tensor],
 ) -> torch.Tensor:
-    if pads is None or scorer.pointwise:
-        wanted = {name: needs[name] for name in scorer.needs}
-        scores = scorer.score(layer, keys, values, positions.clamp(min=0), **wanted)
-        if scores.shape != positions.shape:
-            raise KvenvError(
-                f"{_name(scorer)}.score gave shape {tuple(scores.shape)} in layer {layer}: it must "
-                f"be (batch, KV heads, tokens) = {tuple(positions.shape)}"
-            )
-        return scores.to(keys.device, torch.float32)
-    # Here a token's score depends on the others, and pads must not be among them.
-    scores = torch.zeros(positions.shape, device=keys.device)
-    for row, pad in enumerate(pads):
-        if pad < positions.shape[-1]:
-            part = (slice(row, row + 1), slice(None), slice(pad, None))
-            scores[part] = _ask(scorer, layer, keys[part], values[part], positions[part], None, {})
-    return scores
+    wanted = {name: needs[name] for name in scorer.needs}
+    scores = scorer.score(layer, keys, values, positions, now, **wanted)
+    if scores.shape != positions.shape:
+        raise KvenvError(
+            f"{_name(scorer)}.score gave shape {tuple(scores.shape)} in layer {layer}: it must "
+            f"be (batch, KV heads, tokens) = {tuple(positions.shape)}"
+        )
+    return scores.to(keys.device, torch.float32)

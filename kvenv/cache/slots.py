@@ -1,257 +1,282 @@
-"""One layer of the cache: a fixed number of slots per head, written in place once they are full."""
+"""Slots: where a cache keeps the tokens of the heads of one layer, or of several."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
-from transformers.cache_utils import DynamicLayer
+from torch import Tensor
 
-from kvenv.cache.padding import LeftPadding
-from kvenv.cache.scoring import CacheScorer
-from kvenv.cache.worth import Limits, worth
 from kvenv.errors import KvenvError
-from kvenv.utility import ranking
+
+CHANNELS = 16
+"""Channels of keys or values that move at once, so that moving needs no second pool."""
 
 
-class EvictionLayer(DynamicLayer):
-    """Keys and values of one full-attention layer, at most ``budget`` tokens per head.
+@dataclass
+class Tokens:
+    """Tokens of one layer, head by head, in order of position from the left.
 
-    A step of several tokens attends to everything held and to itself; then each row and head
-    keeps the ``budget`` tokens with the highest scores, in order of position. A step of one token
-    takes, once all slots are full, the slot of the lowest score *before* attending, so attention
-    is always over exactly the tokens held. Sinks and the last ``recent`` tokens, the newcomer
-    among them, stay; of equal scores the later token goes. Pads go before any token, the last
-    one first: they stay in front, where the model's own padding mask expects them.
-
-    Args:
-        layer: the model's own layer number.
-        limits: budget, sinks and recent.
-        scorer: scores for this layer.
-        padding: the batch's left padding, shared with the other layers.
+    Attributes:
+        keys: (B, H, m, d).
+        values: (B, H, m, dv).
+        positions: (B, H, m) int64.
+        counts: (B, H) tokens of each head; what is beyond them is undefined.
+        past: (B, H, m) attention received so far, if it is kept.
     """
 
-    is_croppable = False  # what was evicted cannot come back, and a cache may evict at any step
-
-    def __init__(
-        self, layer: int, limits: Limits, scorer: CacheScorer, padding: LeftPadding
-    ) -> None:
-        super().__init__()
-        self._layer, self._limits = layer, limits
-        self._scorer, self._padding = scorer, padding
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.keys = self.values = None
-        self.is_initialized = False
-        self._positions = torch.empty(0, 0, 0, dtype=torch.int64)  # (B, H, held); pads negative
-        self._scores = torch.empty(0, 0, 0)  # (B, H, held) if they are fixed, else (B, H, 0)
-        self._seen = 0
-
-    def __repr__(self) -> str:
-        return f"EvictionLayer(layer={self._layer}, seen={self._seen}, held={self.held})"
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    counts: Tensor
+    past: Tensor | None = None
 
     @property
-    def held(self) -> int:
-        """Tokens held now, per row and head."""
-        return self._positions.shape[-1]
+    def present(self) -> Tensor:
+        """Which of them are tokens, (B, H, m) bool."""
+        m = self.positions.shape[-1]
+        return torch.arange(m, device=self.counts.device) < self.counts.unsqueeze(-1)
 
-    @property
-    def positions(self) -> torch.Tensor:
-        """True positions of the tokens held, (B, H, held) int64; -1 for pads."""
-        return self._positions.clamp(min=-1)
+    def change(self, change: Callable[[Tensor], Tensor]) -> Tokens:
+        """Apply a function to every tensor (B, H, m, ...)."""
+        past = None if self.past is None else change(self.past)
+        keys, values, positions = (change(x) for x in (self.keys, self.values, self.positions))
+        return Tokens(keys, values, positions, self.counts, past)
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Take shape, type and device from the first keys and values (B, H, n, d)."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        rows, heads = key_states.shape[:2]
-        self.keys = key_states.new_empty(rows, heads, 0, key_states.shape[-1])
-        self.values = value_states.new_empty(rows, heads, 0, value_states.shape[-1])
-        self._positions = torch.empty(rows, heads, 0, dtype=torch.int64, device=self.device)
-        self._scores = torch.empty(rows, heads, 0, device=self.device)
-        self.is_initialized = True
+    def take(self, index: Tensor, counts: Tensor) -> Tokens:
+        """The tokens ``index`` (B, H, k) of each head, of which the first ``counts`` count."""
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add this step's tokens and give the keys and values that it attends to.
+        def chosen(x: Tensor) -> Tensor:
+            wide = index if x.ndim == 3 else index.unsqueeze(-1).expand(*index.shape, x.shape[-1])
+            return x.gather(2, wide)
 
-        Args:
-            key_states: (B, H, q, d), after RoPE.
-            value_states: (B, H, q, d).
-            *args: what the library passes beside them; not used.
-            **kwargs: likewise.
+        taken = self.change(chosen)
+        taken.counts = counts
+        return taken
 
-        Returns:
-            Keys and values (B, H, m, d). A step of one token that finds the slots full gets the
-            buffers themselves (m = budget), written in one slot per head; any other step all that
-            was held followed by its own tokens.
-        """
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        rows, heads, q, _ = key_states.shape
-        offset = self._padding.offset(rows, q, key_states.device)
-        index = torch.arange(self._seen, self._seen + q, device=key_states.device)
-        positions = (index - offset).expand(rows, heads, q)
-        newest = self._seen + q - 1 - offset
-        if q == 1 and self.held == self._limits.budget:
-            step = self._overwrite(key_states, value_states, positions, newest)
-        else:
-            step = self._append(key_states, value_states, positions, newest)
-        self._seen += q
-        return step
+    def rows(self, rows: Tensor | None) -> Tokens:
+        """Some rows of the batch; None for all."""
+        if rows is None:
+            return self
+        part = self.change(lambda x: x.index_select(0, rows))
+        part.counts = self.counts.index_select(0, rows)
+        return part
 
-    def _append(
-        self,
-        new_keys: torch.Tensor,
-        new_values: torch.Tensor,
-        new_positions: torch.Tensor,
-        newest: torch.Tensor | int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        budget, q = self._limits.budget, new_positions.shape[-1]
-        keys, values, positions, scores = new_keys, new_values, new_positions, self._scores
-        if self._scorer.pointwise:
-            arrived = self._scorer.score(self._layer, new_keys, new_values, new_positions, None)
-            if q > 1:
-                self._scorer.check(self._layer, arrived, new_positions)
-            scores = torch.cat([self._scores, arrived], dim=-1)
-        if self.held or q <= budget:  # else a long prompt: spare it the copy
-            keys, values, positions = self._with(new_keys, new_values, new_positions)
-        if positions.shape[-1] <= budget:
-            self.keys, self.values = keys, values
-            self._positions, self._scores = positions, scores
-            return keys, values
-        if not self._scorer.pointwise:
-            scores = self._score_all(keys, values, positions, self._seen + q)
-            self._scorer.check(self._layer, scores, positions)
-        by_position = positions.argsort(dim=-1)
-        ordered = self._worth(scores, positions, newest).gather(-1, by_position)
-        kept = by_position.gather(-1, ranking(ordered)[..., :budget].sort(dim=-1).values)
-        self.keys, self.values = _gather(keys, kept), _gather(values, kept)
-        self._positions = positions.gather(-1, kept)
-        if self._scorer.pointwise:
-            self._scores = scores.gather(-1, kept)
-        return keys, values
 
-    def _overwrite(
-        self,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        position: torch.Tensor,
-        newest: torch.Tensor | int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._positions.is_inference() and not torch.is_inference_mode_enabled():
-            self._each(torch.clone)  # torch allows no writing to such tensors out here
-        own_keys, own_values = self._own()
-        if self._scorer.pointwise:
-            scores = self._scores
-        else:
-            everything = self._with(key, value, position)
-            scores = self._score_all(*everything, self._seen + 1)[..., :-1]
-        held = self._worth(scores, self._positions, newest)
-        lowest = held.amin(dim=-1, keepdim=True)
-        before_all = torch.iinfo(torch.int64).min
-        slot = self._positions.masked_fill(held > lowest, before_all).argmax(-1, keepdim=True)
-        own_keys.scatter_(2, _over(slot, key), key)
-        own_values.scatter_(2, _over(slot, value), value)
-        self._positions.scatter_(-1, slot, position)
-        if self._scorer.pointwise:
-            score = self._scorer.score(self._layer, key, value, position, None)
-            self._scores.scatter_(-1, slot, score)
-        return own_keys, own_values
+def after(held: Tokens, new: Tokens, valid: Tensor) -> Tokens:
+    """Held tokens followed by a step's own, of which ``valid`` (B, H, q) are tokens."""
+    past = None
+    if held.past is not None and new.past is not None:
+        past = torch.cat([held.past, new.past], 2)
+    keys, values, positions = (
+        torch.cat([getattr(held, name), getattr(new, name)], 2)
+        for name in ("keys", "values", "positions")
+    )
+    both = Tokens(keys, values, positions, held.counts, past)
+    there = torch.cat([held.present, valid], -1)
+    counts = there.sum(-1)
+    if not bool(there.all()):
+        both = both.take((~there).to(torch.uint8).argsort(dim=-1, stable=True), counts)
+    both.counts = counts
+    return both
 
-    def _worth(
-        self, scores: torch.Tensor, positions: torch.Tensor, newest: torch.Tensor | int
-    ) -> torch.Tensor:
-        age = self._scorer.age(self._layer, newest - positions)
-        return worth(scores, age, positions, newest, self._limits)
 
-    def _score_all(
-        self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, seen: int
-    ) -> torch.Tensor:
-        pads = self._padding.leading(seen, positions.shape[-1])
-        return self._scorer.score(self._layer, keys, values, positions, pads)
+class Slots:
+    """Buffers of L layers of H heads each: T slots for every row of a batch.
 
-    def _own(self) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.keys is None or self.values is None:
-            raise KvenvError("the cache layer is empty: run the model with it first")
-        return self.keys, self.values
+    Head h of layer i has the slots from ``starts[i, b, h]`` on; the first ``lengths[i, b, h]`` of
+    them hold tokens, in order of position.
 
-    def _with(
-        self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        own_keys, own_values = self._own()
-        return (
-            torch.cat([own_keys, keys], dim=-2),
-            torch.cat([own_values, values], dim=-2),
-            torch.cat([self._positions, positions], dim=-1),
+    Args:
+        layers: L.
+        total: T.
+        keys: gives rows, heads, dtype, device and size, (B, H, q, d).
+        values: gives their size, (B, H, q, dv).
+        past: whether attention received is kept.
+
+    Attributes:
+        keys: (B, T, d).
+        values: (B, T, dv).
+        positions: (B, T) int32, true positions.
+        past: (B, T) float32, or None.
+        starts, lengths: (L, B, H) int32.
+        clock: (L, B) int32, the true position of each row's next token.
+        largest: at least the slots of any head, known to the host.
+    """
+
+    @torch.inference_mode(False)  # outside of it, torch forbids writing to what is made inside
+    def __init__(self, layers: int, total: int, keys: Tensor, values: Tensor, past: bool) -> None:
+        rows, heads, _, d = keys.shape
+        self._check_memory(rows * total, keys, values)
+        whole = {"dtype": torch.int32, "device": keys.device}
+        self.keys = torch.zeros(rows, total, d, dtype=keys.dtype, device=keys.device)
+        self.values = torch.zeros(
+            rows, total, values.shape[-1], dtype=values.dtype, device=keys.device
         )
+        self.positions = torch.zeros(rows, total, **whole)
+        self.past = torch.zeros(rows, total, device=keys.device) if past else None
+        self.lengths = torch.zeros(layers, rows, heads, **whole)
+        self.clock = torch.zeros(layers, rows, **whole)
+        size = total // (layers * heads)
+        first = torch.arange(layers * heads, **whole) * size
+        self.starts = first.view(layers, 1, heads).repeat(1, rows, 1)
+        self.largest = size
 
-    def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
-        """Length and offset of the keys that a step of ``query_length`` tokens attends to.
+    @staticmethod
+    def _check_memory(slots: int, keys: Tensor, values: Tensor) -> None:
+        device = keys.device
+        if device.type != "cuda":
+            return
+        asked = slots * (keys.element_size() * (keys.shape[-1] + values.shape[-1]) + 4)
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + reusable
+        if asked > free:
+            raise KvenvError(
+                f"the cache's slots take {asked:,} bytes and {device} has {free:,} free: lower "
+                "budget or the batch's rows"
+            )
 
-        They stand for the last ``length`` positions, so that the causal mask and the model's 2D
-        padding mask fall on the right slots. Older transformers give the step's positions
-        instead of their number.
-        """
-        q = query_length if isinstance(query_length, int) else query_length.shape[0]
-        full = q == 1 and self.held == self._limits.budget
-        length = self.held + (0 if full else q)
-        return length, self._seen + q - length
+    def suits(self, layers: int, total: int, keys: Tensor, values: Tensor) -> bool:
+        """Whether these slots can take a batch like (B, H, q, d) keys and values."""
+        own = (*self.keys.shape, self.values.shape[-1], self.keys.dtype, self.keys.device)
+        wanted = (keys.shape[0], total, keys.shape[-1], values.shape[-1], keys.dtype, keys.device)
+        return own == wanted and self.lengths.shape[::2] == (layers, keys.shape[1])
 
-    def get_seq_length(self) -> int:
-        """Tokens seen, kept or not: the index of the next one."""
-        return self._seen
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(x.numel() * x.element_size() for x in (self.keys, self.values))
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last tokens, as a plain cache would.
+    def append(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Put one token (B, H, d) of every row behind those that layer ``layer`` holds."""
+        lengths, clock = self.lengths[layer], self.clock[layer]
+        at = (self.starts[layer] + lengths).long()
+        self.keys.scatter_(1, at.unsqueeze(-1).expand_as(key), key)
+        self.values.scatter_(1, at.unsqueeze(-1).expand_as(value), value)
+        self.positions.scatter_(1, at, clock.unsqueeze(1).expand_as(at))
+        if self.past is not None:
+            self.past.scatter_(1, at, torch.zeros(at.shape, device=at.device))
+        lengths += 1
+        clock += 1
+
+    def write(self, layer: int, tokens: Tokens, present: Tensor, behind: bool) -> None:
+        """Store tokens of a layer: in place of what it holds, or behind that.
 
         Args:
-            tokens_to_remove: minus the number of tokens to drop, or (as older transformers have
-                it) the length to keep.
-
-        Raises:
-            KvenvError: if tokens have been evicted: those that made room cannot come back.
+            layer: index of the layer here.
+            tokens: what to store, in order.
+            present: (B, H, m), which of them.
+            behind: whether what is held stays.
         """
-        drop = -tokens_to_remove if tokens_to_remove <= 0 else self._seen - tokens_to_remove
-        if drop <= 0 or not self.is_initialized:
+        rank = present.cumsum(-1) - 1
+        lengths = self.lengths[layer]
+        first = self.starts[layer] + (lengths if behind else 0)
+        rows = torch.arange(len(present), device=present.device).view(-1, 1, 1)
+        flat = (rows.expand_as(rank)[present], (first.unsqueeze(-1) + rank)[present].long())
+        self.keys[flat] = tokens.keys[present]
+        self.values[flat] = tokens.values[present]
+        self.positions[flat] = tokens.positions[present].int()
+        if self.past is not None and tokens.past is not None:
+            self.past[flat] = tokens.past[present]
+        counts = present.sum(-1).int()
+        lengths.copy_(lengths + counts if behind else counts)
+
+    def dense(self, layer: int, rows: Tensor | None = None, most: int | None = None) -> Tokens:
+        """Copies of what a layer holds.
+
+        Args:
+            layer: index of the layer here.
+            rows: of the batch; None for all.
+            most: at least the tokens of any head; None takes `largest`.
+        """
+        starts, counts = self.starts[layer], self.lengths[layer]
+        if rows is not None:
+            starts, counts = (x.index_select(0, rows) for x in (starts, counts))
+        m = self.largest if most is None else most
+        slot = torch.arange(m, device=starts.device)
+        inside = slot < counts.unsqueeze(-1)
+        index = (starts.unsqueeze(-1) + slot).where(inside, 0).long()
+
+        def chosen(buffer: Tensor) -> Tensor:
+            part = buffer if rows is None else buffer.index_select(0, rows)
+            flat = index.flatten(1)
+            if part.ndim == 3:
+                flat = flat.unsqueeze(-1).expand(*flat.shape, part.shape[-1])
+            return part.gather(1, flat).unflatten(1, index.shape[1:])
+
+        past = None if self.past is None else chosen(self.past)
+        states = chosen(self.keys), chosen(self.values), chosen(self.positions).long()
+        return Tokens(*states, counts.long(), past)
+
+    def add(self, layer: int, past: Tensor) -> None:
+        """Add attention (B, H, m) to what the tokens of a layer received."""
+        if self.past is None:
             return
-        if self._seen > self.held:
-            raise KvenvError(
-                f"cannot drop {drop} tokens: {self._seen - self.held} of {self._seen} are evicted "
-                "and cannot come back; use a budget that holds the whole sequence (assisted "
-                "decoding needs it) or start from a copy.deepcopy of an earlier cache"
-            )
-        own_keys, own_values = self._own()
-        self._seen = left = max(0, self._seen - drop)
-        self.keys, self.values = own_keys[:, :, :left], own_values[:, :, :left]
-        self._positions, self._scores = self._positions[..., :left], self._scores[..., :left]
+        slot = torch.arange(past.shape[-1], device=past.device)
+        inside = slot < self.lengths[layer].unsqueeze(-1)
+        index = (self.starts[layer].unsqueeze(-1) + slot).where(inside, 0).long()
+        self.past.scatter_add_(1, index.flatten(1), past.where(inside, 0).flatten(1))
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Take the rows ``beam_idx`` (B,), for beam search."""
-        self.batch_select_indices(beam_idx)
+    def move(self, rows: Tensor | None, sources: Tensor) -> None:
+        """Take for every slot of some rows what the slot ``sources`` (rows, T) has, in place."""
+        for buffer in (self.keys, self.values):
+            for first in range(0, buffer.shape[-1], CHANNELS):
+                part = buffer[..., first : first + CHANNELS]
+                wide = sources.unsqueeze(-1).expand(*sources.shape, part.shape[-1])
+                _put(part, rows, _of(part, rows).gather(1, wide))
+        for flat in (self.positions, self.past):
+            if flat is not None:
+                _put(flat, rows, _of(flat, rows).gather(1, sources))
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep only the rows ``indices``."""
-        self._each(lambda tensor: tensor[indices.to(tensor.device)])
+    def clear(self) -> None:
+        """Forget what is held, NaN too, which would come through any mask."""
+        for buffer in (self.keys, self.values, self.past, self.lengths, self.clock):
+            if buffer is not None:
+                buffer.zero_()
+        layers, rows, heads = self.lengths.shape
+        self.largest = size = self.keys.shape[1] // (layers * heads)
+        first = torch.arange(layers * heads, device=self.keys.device) * size
+        self.starts.copy_(first.view(layers, 1, heads).expand(-1, rows, -1))
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row ``repeats`` times."""
-        self._each(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+    @torch.inference_mode(False)
+    def resize(self, total: int) -> None:
+        """Have ``total`` slots a row, the first of them as before."""
+        for name in ("keys", "values", "positions", "past"):
+            buffer = getattr(self, name)
+            if buffer is not None:
+                new = buffer.new_zeros(len(buffer), total, *buffer.shape[2:])
+                n = min(total, buffer.shape[1])
+                new[:, :n] = buffer[:, :n]
+                setattr(self, name, new)
 
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        if self.is_initialized:
-            own_keys, own_values = self._own()
-            self.keys, self.values = change(own_keys), change(own_values)
-            self._positions, self._scores = change(self._positions), change(self._scores)
+    @torch.inference_mode(False)
+    def change(self, change: Callable[[Tensor], Tensor], in_place: bool) -> None:
+        """Take other rows: in place if they are as many, else in new buffers."""
+        for name in ("keys", "values", "positions", "past", "starts", "lengths", "clock"):
+            buffer = getattr(self, name)
+            if buffer is None:
+                continue
+            inner = name in ("starts", "lengths", "clock")
+            new = change(buffer.transpose(0, 1) if inner else buffer)
+            new = new.transpose(0, 1).contiguous() if inner else new
+            if in_place:
+                buffer.copy_(new)
+            else:
+                setattr(self, name, new.clone())
 
 
-def _over(slots: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Slot numbers (B, H, m) spread over the head dimension of ``like``, (B, H, m, d)."""
-    return slots.unsqueeze(-1).expand(-1, -1, -1, like.shape[-1])
+def _of(buffer: Tensor, rows: Tensor | None) -> Tensor:
+    return buffer if rows is None else buffer.index_select(0, rows)
 
 
-def _gather(states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    return states.gather(2, _over(slots, states))
+def _put(buffer: Tensor, rows: Tensor | None, content: Tensor) -> None:
+    if rows is None:
+        buffer.copy_(content)
+    else:
+        buffer.index_copy_(0, rows, content)
+
+
+def index_of(rows: Sequence[int], of: int, device: torch.device) -> Tensor | None:
+    """Rows as an index; None if they are all."""
+    return None if len(rows) == of else torch.tensor(rows, device=device)

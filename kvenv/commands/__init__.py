@@ -1,18 +1,16 @@
 """What the ``kvenv`` commands do; their typed arguments and docstrings make the command line."""
 
-from kvenv.commands.benchmarks import bench
+from kvenv.commands.calibrating import calibrate
 from kvenv.commands.common import parse_heads, write_json
 from kvenv.commands.evaluating import evaluate
 from kvenv.commands.generating import generate
-from kvenv.commands.measuring import curves
 from kvenv.commands.playing import dataset
 from kvenv.commands.recording import inspect, record
 from kvenv.commands.reporting import report
 from kvenv.commands.training import train
 
 __all__ = [
-    "bench",
-    "curves",
+    "calibrate",
     "dataset",
     "evaluate",
     "generate",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json as jsonlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kvenv import files
 from kvenv.display import console
 from kvenv.errors import KvenvError
 from kvenv.scorers import Head
@@ -36,17 +36,7 @@ def write_json(path: Path, result: Mapping[str, Any]) -> None:
 
 def write_text(path: Path, text: str, option: str) -> None:
     """Write the file that an option names, whole or not at all, and say so."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise KvenvError(
-            f"{str(path)!r} could not be written: {error.strerror}; choose another {option}"
-        ) from error
+    files.write(path, text, option)
     console.print(f"wrote {path}", markup=False, soft_wrap=True)
 
 

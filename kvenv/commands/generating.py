@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.table import Table
 
 from kvenv.commands.common import pick_device
 from kvenv.display import console
 from kvenv.errors import KvenvError
-from kvenv.scorers import load_scorer
+from kvenv.rules import budget_tokens
+from kvenv.scorers import Calibration, load_scorer
 from kvenv.trace import TraceSet
 
 
@@ -19,11 +21,14 @@ def generate(
     prompt: str | None = None,
     model: str = "smollm2-135m",
     agent: str = "knorm",
-    budget: float = 128,
+    budget: int | float = 128,
     fallback: str | None = None,
     sinks: int = 4,
     recent: int = 16,
-    allocation: Literal["uniform", "heads", "global"] = "uniform",
+    refresh: int | None = None,
+    allocation: Literal["uniform", "layerwise", "adaptive"] = "uniform",
+    threshold: float | None = None,
+    calibration: Path | None = None,
     backend: Literal["auto", "torch", "triton"] = "auto",
     block: int | None = None,
     max_new_tokens: int = 128,
@@ -42,12 +47,15 @@ def generate(
         prompt: the text; @FILE reads it from a file, - from standard input.
         model: smollm2-135m, gemma-3-270m, a checkpoint folder or a hub id.
         agent: a heuristic's or a shipped trained agent's name, or a bundle's folder.
-        budget: tokens each head may keep; below 1, a share of the prompt.
+        budget: tokens each head may keep, or a share of the prompt such as 0.25.
         fallback: heuristic for heads that the agent has no scorer for.
         sinks: first tokens that are always kept.
         recent: last tokens that are always kept.
-        allocation: give every head the budget (uniform), or divide it among the heads of a layer
-            (heads) or of the model (global) by what each gains of it.
+        refresh: tokens between two selections.
+        allocation: give every head the budget (uniform), or let the heads of a layer (layerwise)
+            or of the model (adaptive) compete for the total by the attention they expect.
+        threshold: keep no token that is expected to get less attention than this.
+        calibration: what `kvenv calibrate` wrote, for an agent that has none of its own.
         backend: triton, torch, or auto: triton on an NVIDIA GPU.
         block: read the prompt in blocks of so many tokens; a head then never holds more than its
             budget and a block.
@@ -61,8 +69,9 @@ def generate(
         dtype: the model's number format.
         device: cpu, cuda, ...; auto takes a GPU if there is one.
     """
-    from kvenv.evaluation.decoding import Decoding, decode, encode, from_episode
-    from kvenv.recording import models
+    from kvenv import models
+    from kvenv.cache import EvictionCache
+    from kvenv.evaluation.decoding import answer, encode, from_episode
 
     if (prompt is None) == (traces is None):
         raise KvenvError(
@@ -74,37 +83,44 @@ def generate(
     if check := getattr(scorer, "check_model", None):
         check(language_model)
     if traces is not None:
-        task = from_episode(TraceSet(traces), episode, tokenizer, language_model)
-        console.print(task.note, style="dim", markup=False, highlight=False)
+        question = from_episode(TraceSet(traces), episode, language_model)
+        console.print(question.note, style="dim", markup=False, highlight=False)
     else:
-        task = encode(_prompt_text(prompt or ""), tokenizer, chat=not raw)
-    settings = Decoding(
+        question = encode(_prompt_text(prompt or ""), tokenizer, chat=not raw)
+    cache = EvictionCache(
+        language_model,
+        scorer,
         budget=budget,
         sinks=sinks,
         recent=recent,
+        refresh=refresh,
         allocation=allocation,
+        threshold=threshold,
+        calibration=Calibration.load(calibration) if calibration else None,
         backend=backend,
         block=block,
-        max_new_tokens=max_new_tokens,
-        sample=sample,
-        seed=seed,
+        fallback=spare,
     )
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sample": sample, "seed": seed}
+    run = partial(answer, language_model, tokenizer, question, **options, stream=True)
+    prompt_tokens = question.cut or question.tokens.shape[1]
+    tokens = budget_tokens(budget, prompt_tokens, sinks + recent)
     results = {}
     if compare:
         console.rule("full cache")
-        results["full"] = decode(language_model, tokenizer, task, settings, None, stream=True)
-        console.rule(f"{agent}, {settings.tokens(task)} tokens a head")
-    ours = decode(language_model, tokenizer, task, settings, scorer, fallback=spare, stream=True)
+        results["full"] = run()
+        console.rule(f"{agent}, {tokens} tokens a head")
+    ours = run(cache)
     results[agent] = ours
     if not compare:
         memory = f"{ours.nbytes / 2**20:.2f} MiB"
-        console.print(f"[dim]{ours.kept} of {ours.seen} tokens a head kept, {memory}[/dim]")
+        console.print(f"[dim]{ours.kept:.0f} of {ours.seen} tokens a head kept, {memory}[/dim]")
         return
     table = Table("cache", "tokens a head", "memory", "tokens/s", "answer", title="side by side")
     for label, result in results.items():
         memory = f"{result.nbytes / 2**20:.2f} MiB"
-        answer = task.judge(result.text)
-        table.add_row(label, str(result.kept), memory, f"{result.rate:.1f}", answer)
+        right = question.judge(result.text)
+        table.add_row(label, f"{result.kept:.0f}", memory, f"{result.rate:.1f}", right)
     console.print(table)
 
 

@@ -16,7 +16,7 @@ def dataset(
     traces: str,
     agent: str,
     episodes: int = 100,
-    budget: float | None = None,
+    budget: int | float | None = None,
     sinks: int = 0,
     recent: int = 0,
     sink_free: bool = False,
@@ -36,8 +36,8 @@ def dataset(
         traces: trace sets, separated by commas; stream and evict need all queries.
         agent: a heuristic's or a shipped trained agent's name, or a bundle's folder.
         episodes: how many to play.
-        budget: tokens each head may keep; below 1, a share of the prompt. Without, rank averages
-            over every budget, and stream and evict keep 64.
+        budget: tokens each head may keep (256), or a share of the prompt (0.25). Without, rank
+            averages over every budget, and stream and evict keep 64.
         sinks: first tokens that are always kept.
         recent: last tokens that are always kept.
         sink_free: attention to the first 4 tokens does not count.
@@ -56,10 +56,9 @@ def dataset(
     sets = [t if t in packaged() else str(Path(t).absolute()) for t in listed(traces, "traces")]
     made: dict[str, Any] = {"layer": layer, "head": head, "sinks": sinks, "recent": recent}
     if budget is not None:
-        tokens = budget if budget < 1 else round(budget)
-        made |= {"budgets": [tokens]} if environment == "rank" else {"budget": tokens}
+        made |= {"budgets": [budget]} if environment == "rank" else {"budget": budget}
     env = gym.make(
-        f"kvenv/{environment.capitalize()}-v0",
+        f"kvenv/{environment.capitalize()}-v1",
         traces=sets if len(sets) > 1 else sets[0],
         sink_free=sink_free,
         **made,
@@ -74,7 +73,7 @@ def dataset(
         episodes=episodes,
         seed=seed,
         references=(worst, best),
-        root=out,
+        root=None if out is None else out.absolute(),
         overwrite=overwrite,
         progress=True,
     )

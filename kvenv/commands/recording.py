@@ -51,7 +51,8 @@ def record(
         dtype: the model's number format, e.g. bfloat16; auto is the checkpoint's own.
         device: cpu, cuda, ...; auto takes a GPU if there is one.
     """
-    from kvenv.recording import models, recorder
+    from kvenv import models
+    from kvenv.recording import recorder
 
     language_model, tokenizer = models.load(model, dtype=dtype, device=pick_device(device))
     traces = recorder.record(

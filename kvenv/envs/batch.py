@@ -18,8 +18,8 @@ from kvenv.trace import TraceSet
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LARGEST = float(np.finfo(np.float16).max)
-"""Keys and values are recorded as float16, so no entry is larger."""
+LARGEST = 2 * float(np.finfo(np.float16).max)
+"""Keys and values are recorded as float16; turning a key makes no entry more than 1.42 as large."""
 
 RENDER_MODES = ("rgb_array", "ansi")
 
@@ -28,7 +28,7 @@ class Batch(ABC):
     """The rules of an environment, for N episodes at once.
 
     Whatever is per environment has a leading axis N, and no step loops over the environments, but
-    for Rank-v0's output reward.
+    for Rank-v1's output reward.
 
     Args:
         num: N.
@@ -164,7 +164,7 @@ class Batch(ABC):
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer asked for, else the recorded model's, else None."""
         # Loading transformers takes seconds, and only text needs it.
-        from kvenv.recording.models import load_tokenizer
+        from kvenv.models import load_tokenizer
 
         if self._tokenizer_name is not None:
             return load_tokenizer(self._tokenizer_name)
@@ -175,7 +175,7 @@ class Batch(ABC):
 
 
 class Drawing:
-    """What single and vector environments tell of the episodes that they draw."""
+    """Names the trace set, the heads and the episodes that an environment draws from."""
 
     batch: Batch
 
@@ -195,10 +195,16 @@ class Drawing:
         return self.batch.source.episodes.tolist()
 
 
-def token_box(rows: int, low: list[tuple[int, float]], high: list[tuple[int, float]]) -> spaces.Box:
-    """A flat Box of ``rows`` tokens, each column's bounds given as (repetitions, bound)."""
-    lows, highs = (
-        np.tile(np.concatenate([np.full(k, b, np.float32) for k, b in columns]), rows)
-        for columns in (low, high)
-    )
+def token_box(shape: tuple[int, ...], rows: int, head_dim: int) -> spaces.Box:
+    """The observation space of ``rows`` tokens in the layout of `kvenv.envs.core.features`.
+
+    Args:
+        shape: of an observation, (rows, 2d + 2) or flat.
+        rows: tokens.
+        head_dim: d.
+    """
+    wide = 2 * head_dim
+    low = np.array([*[-LARGEST] * wide, 0, 0], np.float32)
+    high = np.array([*[LARGEST] * wide, 2, 1], np.float32)
+    lows, highs = (np.tile(one, rows).reshape(shape) for one in (low, high))
     return spaces.Box(lows, highs, dtype=np.float32)

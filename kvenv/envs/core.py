@@ -1,6 +1,6 @@
 """What the environments compute, as pure functions: features, budgets, outcomes, output error.
 
-As in `kvenv.utility`, every function takes numpy arrays or torch tensors and returns the kind it
+As in `kvenv.rules`, every function takes numpy arrays or torch tensors and returns the kind it
 was given, and torch does the work once, so that single environments, vector environments and
 learners get the same bits from the same numbers.
 """
@@ -13,46 +13,36 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from kvenv import utility as u
+from kvenv import rules as u
 from kvenv.errors import KvenvError
-from kvenv.utility import Array
-
-Budget = int | float
-"""An int is a number of tokens, a float in (0, 1] a fraction of the prompt."""
+from kvenv.rules import Array, Budget
 
 
 def feature_count(head_dim: int) -> int:
     """F, the columns that `features` gives each token."""
-    return 2 * head_dim + 3
+    return 2 * head_dim + 2
 
 
-def features(keys: Array, values: Array, positions: Array, n: int, max_tokens: int) -> Array:
-    """What an agent sees of cached tokens, one row each, padded to a fixed number of rows.
+def features(framed: np.ndarray, values: np.ndarray, ages: np.ndarray) -> np.ndarray:
+    """What an agent sees of tokens, one row each; the one layout of all environments.
 
     Args:
-        keys: (..., m, d) as the cache holds them, after RoPE; m <= max_tokens.
+        framed: keys in the frame of now, (..., m, d).
         values: (..., m, d).
-        positions: (..., m) integers, the tokens' places in the sequence.
-        n: the length by which positions are divided: the prompt's.
-        max_tokens: rows of the result.
+        ages: now - position, (..., m) integers; negative where there is no token.
 
     Returns:
-        (..., max_tokens, 2d + 3) float32, columns: key (d), value (d), position / n,
-        log2(1 + position) / 16, and 1.0. Rows from m on are padding and hold zeros only.
+        (..., m, 2d + 2) float32, columns: key (d), value (d), log2(1 + age) / 16, and 1. Rows
+        without a token hold zeros only.
     """
-    k, v, p = _tensor(keys), _tensor(values), _tensor(positions)
-    *lead, m, d = k.shape
-    if m > max_tokens:
-        raise KvenvError(f"{m} tokens do not fit into max_tokens={max_tokens}: raise max_tokens")
-    place = p.double()
-    rows = torch.zeros((*lead, max_tokens, feature_count(d)), dtype=torch.float32, device=k.device)
-    filled = rows[..., :m, :]
-    filled[..., :d] = k
-    filled[..., d : 2 * d] = v
-    filled[..., 2 * d] = place / n
-    filled[..., 2 * d + 1] = torch.log2(1 + place) / 16
-    filled[..., 2 * d + 2] = 1.0
-    return _like(rows, keys)
+    d = framed.shape[-1]
+    rows = np.zeros((*framed.shape[:-1], feature_count(d)), np.float32)
+    rows[..., :d] = framed
+    rows[..., d : 2 * d] = values
+    rows[..., 2 * d] = np.log2(1.0 + ages.clip(0)) / 16
+    rows[..., 2 * d + 1] = 1.0
+    rows[ages < 0] = 0.0
+    return rows
 
 
 def ranked_tokens(n: int, sink_free: bool = False) -> int:
@@ -70,24 +60,18 @@ def resolve_budgets(budgets: Sequence[Budget] | None, n: int) -> list[int] | Non
     """Budgets in tokens of an n-token prompt; None (every budget from 1 to n) stays None.
 
     Raises:
-        KvenvError: naming the budget that is neither a number of tokens in 1..n nor a fraction
-            in (0, 1].
+        KvenvError: naming the budget that is neither a number of tokens in 1..n nor a share in
+            (0, 1].
     """
     if budgets is None:
         return None
     if isinstance(budgets, (str, bytes)) or not isinstance(budgets, Sequence | np.ndarray):
         raise KvenvError(f"budgets {budgets!r} is not a list: give e.g. [0.25] or [64, 128]")
-    tokens: list[int] = []
-    for budget in budgets:
-        if isinstance(budget, bool) or not isinstance(budget, int | float | np.number):
-            raise KvenvError(f"budget {budget!r} is not a number: give tokens or a fraction")
-        whole = isinstance(budget, int | np.integer)
-        tokens.append(int(budget) if whole else u.budget_tokens(float(budget), n))
-    return u.check_budgets(tokens, n)
+    return u.check_budgets([u.budget_tokens(budget, n) for budget in budgets], n)
 
 
 def ranking(scores: np.ndarray) -> np.ndarray:
-    """`kvenv.utility.ranking` of scores (N, M) without NaN; of float32 ones, several times as fast.
+    """`kvenv.rules.ranking` of scores (N, M) without NaN; of float32 ones, several times as fast.
 
     Whole numbers with the score's bits above the token's place sort without ties, so that the
     fastest sort will do.
@@ -102,7 +86,7 @@ def ranking(scores: np.ndarray) -> np.ndarray:
 
 
 def rank_curve(utility: np.ndarray, scores: np.ndarray, n: np.ndarray) -> np.ndarray:
-    """Retention of a batch of rankings of different lengths, as `kvenv.utility.retention` has it.
+    """Retention of a batch of rankings of different lengths, as `kvenv.rules.retention` has it.
 
     Args:
         utility: A, (N, M), zero from n on.
@@ -143,14 +127,14 @@ def budget_columns(
 def mean_at(curve: np.ndarray, columns: np.ndarray, count: np.ndarray) -> np.ndarray:
     """The mean of curves (N, M) over columns (N, K), of which ``count`` (N,) are valid, (N,).
 
-    The same bits as `kvenv.utility.mean_over_budgets`: what is not valid adds zeros at the end.
+    The same bits as `kvenv.rules.mean_over_budgets`: what is not valid adds zeros at the end.
     """
     padded = np.concatenate([curve, np.zeros((len(curve), 1))], -1)
     return np.take_along_axis(padded, columns, -1).cumsum(-1)[:, -1] / count
 
 
-def closure(reward: np.ndarray, oracle: np.ndarray, random: np.ndarray) -> np.ndarray:
-    """(reward - random) / (oracle - random), as `kvenv.utility.closure` has it."""
+def normalized_score(reward: np.ndarray, oracle: np.ndarray, random: np.ndarray) -> np.ndarray:
+    """(reward - random) / (oracle - random), as `kvenv.rules.normalized_score` has it."""
     best = oracle - random
     flat = best <= 1e-12
     return np.where(flat, 1.0, (reward - random) / np.where(flat, 1.0, best))
@@ -196,55 +180,6 @@ def triangle(rows: np.ndarray) -> np.ndarray:
 def row_start(t: Any) -> Any:
     """Where row t of a packed `triangle` holds its entry for position 0."""
     return t * (t + 3) // 2 + 1
-
-
-def protected(positions: np.ndarray, now: np.ndarray, sinks: int, recent: int) -> np.ndarray:
-    """Which slots may not go: empty ones, sinks, and the last ``recent`` tokens.
-
-    Args:
-        positions: of the tokens in the slots, (N, W), -1 where a slot is empty.
-        now: the newest token's position, (N,).
-        sinks: first tokens of the text that are always kept.
-        recent: last tokens that are always kept, the newest among them.
-    """
-    return (positions < sinks) | (positions > (now - recent)[:, None])
-
-
-def lowest_slot(scores: np.ndarray, positions: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """The slot that goes: of those not ``kept``, the lowest score; of equals, the latest token.
-
-    Args:
-        scores: (N, W).
-        positions: (N, W).
-        kept: (N, W) bool.
-
-    Returns:
-        (N,) indices.
-    """
-    worth = np.where(kept, np.inf, scores)
-    lowest = worth == worth.min(-1, keepdims=True)
-    return np.where(lowest, positions, -2).argmax(-1)
-
-
-def output_change(weights: np.ndarray, values: np.ndarray, full: np.ndarray) -> np.ndarray:
-    """How far the attention output moves when only some tokens are held.
-
-    Args:
-        weights: the attention that each query head pays to the tokens held, (N, G, W).
-        values: of the tokens held, (N, W, d).
-        full: the output over all tokens, (N, G, d).
-
-    Returns:
-        (N,) float64: ||o - o_full|| / ||o_full||, o being renormalised over what is held, averaged
-        over the query heads.
-    """
-    tiny = np.finfo(np.float64).tiny
-    weights = weights.astype(np.float64)
-    share = weights.sum(-1, keepdims=True)
-    held = weights @ values.astype(np.float64) / np.maximum(share, tiny)
-    whole = full.astype(np.float64)
-    size = np.sqrt((whole**2).sum(-1))
-    return (np.sqrt(((held - whole) ** 2).sum(-1)) / np.maximum(size, tiny)).mean(-1)
 
 
 def output_error(

@@ -1,63 +1,55 @@
-"""kvenv/Evict-v0: at every token, choose which slot of a full cache goes."""
+"""kvenv/Evict-v1: at every token, choose which slot of a full cache goes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import torch
 from gymnasium import spaces
 
+from kvenv import rules
 from kvenv.envs import core
-from kvenv.envs.batch import LARGEST, token_box
+from kvenv.envs.batch import token_box
 from kvenv.envs.single import TraceEnv
 from kvenv.envs.slots import SlotBatch
 from kvenv.envs.source import Traces
 from kvenv.errors import KvenvError
+from kvenv.rules import Budget
 
 
 class EvictBatch(SlotBatch):
-    """The rules of kvenv/Evict-v0; see `EvictEnv` for the arguments."""
+    """The rules of kvenv/Evict-v1; see `EvictEnv` for the arguments.
 
-    env_id = "kvenv/Evict-v0"
+    The newcomer waits beside the slots, in a column of its own, until a slot is freed for it.
+    """
+
+    env_id = "kvenv/Evict-v1"
 
     def __init__(self, num: int, *, flat: bool = True, **arguments: Any) -> None:
         super().__init__(num, **arguments)
-        wide, slots = 2 * self.head_dim, self.slots + 1
-        box = token_box(slots, [(wide, -LARGEST), (3, 0)], [(wide, LARGEST), (2, 2), (1, 1)])
-        self._shape = box.shape if flat else (slots, wide + 3)
-        low, high = box.low.reshape(self._shape), box.high.reshape(self._shape)
-        self.observation_space = spaces.Box(low, high, dtype=np.float32)
-        self.action_space = spaces.Discrete(slots)
-        self._rows = np.zeros((num, slots, wide + 3), np.float32)
-        self._log = (torch.log2(1 + torch.arange(self.longest + 2).double()) / 16).float().numpy()
+        rows, columns = self.slots + 1, core.feature_count(self.head_dim)
+        self._shape = (rows * columns,) if flat else (rows, columns)
+        self.observation_space = token_box(self._shape, rows, self.head_dim)
+        self.action_space = spaces.Discrete(rows)
 
-    def _begin(self, which: np.ndarray, extra: np.ndarray) -> None:
-        super()._begin(which, extra)
-        budget = self.budget[which, None]
-        filled = np.where(np.arange(self.slots) < budget, np.arange(self.slots), -1)
-        self.positions[which, :-1] = filled
-        self.now[which] = self.positions[which, -1] = budget[:, 0]
-        # Position -1 reads the row of zeros after the last token.
-        tokens = self.arena["tokens"][self.row[which, None], self.positions[which]]
-        self._rows[which, :, :-2] = tokens
-        if self.history is not None:
-            for i in which.tolist():  # pictures only
-                steps = np.arange(int(self.budget[i]))
-                self.history[i, steps[:, None], steps] = np.where(
-                    steps <= steps[:, None], steps, -1
-                )
+    def candidates(self) -> np.ndarray:
+        """Positions in the slots, the newcomer's last, (N, W + 1); -1 for none."""
+        newcomer = np.where(self.now < self.lengths, self.now, -1)
+        return np.concatenate([self.positions, newcomer[:, None]], 1)
+
+    def allowed(self) -> np.ndarray:
+        """Which slots may go, (N, W + 1) bool; the last one is the newcomer's."""
+        positions = self.candidates()
+        guarded = rules.protected(positions, self.now[:, None], self.sinks, self.recent)
+        return (positions >= 0) & ~guarded
 
     def observe(self, which: np.ndarray | None = None, out: np.ndarray | None = None) -> np.ndarray:
         """See `Batch.observe`."""
-        chosen = slice(None) if which is None else which
-        rows, positions = self._rows[chosen], self.positions[chosen]
-        age = self.now[chosen, None] - positions
-        rows[..., -2] = np.where(positions < 0, 0, self._log.take(age, mode="clip"))
-        rows[..., -1] = self.allowed()[chosen] & (positions >= 0)
+        which = self.every if which is None else which
+        rows = self.rows(which, self.candidates()[which], self.now[which])
         if out is None:
-            return rows.reshape(-1, *self._shape).copy()
+            return rows.reshape(-1, *self._shape)
         out[...] = rows.reshape(out.shape)
         return out
 
@@ -87,11 +79,25 @@ class EvictBatch(SlotBatch):
         return slot
 
     def advance(self, actions: np.ndarray) -> np.ndarray:
-        """Let these slots (N,) go."""
-        self._rows[self.every, actions] = self._rows[:, -1]
-        reward = self.place(actions)
-        self._rows[:, -1, :-2] = self.arena["tokens"][self.row, self.now]
+        """Let the tokens in these slots (N,) go, and pay what the newcomers' queries find."""
+        live = self.now < self.lengths
+        went = np.where(live, self.candidates()[self.every, actions], -1)
+        takes = live & (actions < self.slots)
+        self.positions[takes, actions[takes]] = self.now[takes]
+        reward = self.find(self.now, self.positions, live)
+        self.now = np.minimum(self.now + 1, self.lengths)
+        self.done = self.now >= self.lengths
+        self.finish({"evicted": went})
         return reward
+
+    def problem(self, i: int) -> tuple[float, np.ndarray, np.ndarray, int, np.ndarray]:
+        """See `SlotBatch.problem`: a period for each token that arrives at a full cache."""
+        budget, length = int(self.budget[i]), int(self.lengths[i])
+        place, periods = np.arange(length), np.arange(budget, length)[:, None]
+        there = np.where(place <= periods, place, -1)
+        guarded = rules.protected(there, periods, self.sinks, self.recent)
+        gains = self.square(i)[budget:]
+        return 0.0, gains, (place - budget).clip(0), budget, guarded
 
     def info(self) -> dict[str, np.ndarray]:
         """See `EvictEnv`, Information."""
@@ -108,8 +114,7 @@ class EvictEnv(TraceEnv):
     queries (`kvenv record ... --queries all`), so no model runs.
 
     An episode is one recorded text of S tokens, seen by one head: a (layer, KV head) pair. This is
-    kvenv/Stream-v0 with the decision taken by the agent, not by scores that were fixed on arrival:
-    an agent may change its mind about a token.
+    kvenv/Stream-v1 with a decision at every token.
 
     ## Action Space
 
@@ -131,25 +136,24 @@ class EvictEnv(TraceEnv):
 
     ## Observation Space
 
-    `Box` of shape `((budget + 1) * (2d + 3),)`, float32, for heads of dimension d: a row of 2d + 3
+    `Box` of shape `((budget + 1) * (2d + 2),)`, float32, for heads of dimension d: a row of 2d + 2
     numbers for each slot, the newcomer's last. `flat=False` keeps the rows apart, in the shape
-    `(budget + 1, 2d + 3)`. Rows of empty slots are zeros.
+    `(budget + 1, 2d + 2)`. Rows of empty slots are zeros.
 
-    | Column    | Observation                                               | Min    | Max   |
-    |-----------|-----------------------------------------------------------|--------|-------|
-    | 0 .. d-1  | the token's key, as the cache holds it                    | -65504 | 65504 |
-    | d .. 2d-1 | its value                                                 | -65504 | 65504 |
-    | 2d        | log2(1 + position) / 16                                   | 0      | 2     |
-    | 2d+1      | log2(1 + age) / 16; age = newcomer's position - its own   | 0      | 2     |
-    | 2d+2      | 1 if the slot may go, else 0                              | 0      | 1     |
+    | Column    | Observation                                               | Min     | Max    |
+    |-----------|-----------------------------------------------------------|---------|--------|
+    | 0 .. d-1  | the token's key in the frame of now, the newcomer's place | -131008 | 131008 |
+    | d .. 2d-1 | its value                                                 | -131008 | 131008 |
+    | 2d        | log2(1 + age) / 16; age = newcomer's position - its own   | 0       | 2      |
+    | 2d+1      | validity: 1 for a token, 0 for an empty slot              | 0       | 1      |
 
     A freed slot is taken by the newcomer, so rows are in no order of position.
 
     ## Rewards
 
-    As in kvenv/Stream-v0, once the decision is taken: the attention that the newcomer's queries
-    find in the cache (`reward="attention"`), or minus the relative error of the attention output
-    (`reward="output"`). With `sink_free=True` attention to the first 4 tokens does not count.
+    Once the decision is taken, the newcomer's queries look into the cache: the share of their
+    attention, averaged over the query heads that share the KV head, that goes to tokens held. With
+    `sink_free=True` attention to the first 4 tokens does not count.
 
     ## Starting State
 
@@ -182,14 +186,17 @@ class EvictEnv(TraceEnv):
 
     `step()` adds
 
-    - `"evicted"`: the position of the token that went.
+    - `"evicted"`: the position of the token that went;
+    - with `optimum=True` `"random"`, `"optimum"` and `"normalized_score"`: the retention of the
+      whole text that chance expects, that the best schedule reaches, and where `"retention"` lies
+      between them (at the end it cannot be above 1).
 
     ## Arguments
 
     ```python
     import gymnasium as gym
 
-    env = gym.make("kvenv:kvenv/Evict-v0", traces="sample", budget=64, sinks=4, recent=16)
+    env = gym.make("kvenv:kvenv/Evict-v1", traces="sample", budget=64, sinks=4, recent=16)
     observation, info = env.reset(seed=0)
     ```
 
@@ -202,10 +209,10 @@ class EvictEnv(TraceEnv):
     | `head`        | **int**  | `None`        | KV head; `None`: drawn                            |
     | `episodes`    | **list** | `None`        | draw from these episodes only                     |
     | `budget`      | **int**  | `64`          | slots; a float in (0, 1] is a share of the prompt |
-    | `reward`      | **str**  | `"attention"` | `"attention"` or `"output"`                       |
     | `sinks`       | **int**  | `0`           | first tokens that are always kept                 |
     | `recent`      | **int**  | `0`           | last tokens that are always kept                  |
     | `sink_free`   | **bool** | `False`       | attention to the first 4 tokens does not count    |
+    | `optimum`     | **bool** | `False`       | tell what chance and the best schedule reach      |
     | `flat`        | **bool** | `True`        | `False`: the observation has a row for each slot  |
     | `copy`        | **bool** | `True`        | `False`: all observations share one array, which  |
     |               |          |               | Gymnasium's check_env refuses                     |
@@ -219,12 +226,13 @@ class EvictEnv(TraceEnv):
 
     ## Vectorized environment
 
-    `gym.make_vec("kvenv/Evict-v0", num_envs=64, ...)` makes `kvenv.envs.EvictVectorEnv`: 64 texts,
+    `gym.make_vec("kvenv/Evict-v1", num_envs=64, ...)` makes `kvenv.envs.EvictVectorEnv`: 64 texts,
     of as many heads and layers as are drawn. `action_masks()` is then (64, budget + 1). Its default
     autoreset mode is `"NextStep"`.
 
     ## Version History
 
+    * v1: Keys in the frame of now; the offline optimum. The reward `"output"` is gone.
     * v0: Initial version.
     """
 
@@ -236,11 +244,11 @@ class EvictEnv(TraceEnv):
         layer: int | None = None,
         head: int | None = None,
         episodes: Sequence[int] | None = None,
-        budget: core.Budget = 64,
-        reward: Literal["attention", "output"] = "attention",
+        budget: Budget = 64,
         sinks: int = 0,
         recent: int = 0,
         sink_free: bool = False,
+        optimum: bool = False,
         flat: bool = True,
         copy: bool = True,
         tokenizer: str | None = None,
@@ -254,10 +262,10 @@ class EvictEnv(TraceEnv):
             head=head,
             episodes=episodes,
             budget=budget,
-            reward=reward,
             sinks=sinks,
             recent=recent,
             sink_free=sink_free,
+            optimum=optimum,
             tokenizer=tokenizer,
         )
         super().__init__(batch, copy, render_mode)

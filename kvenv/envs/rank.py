@@ -1,4 +1,4 @@
-"""kvenv/Rank-v0: rank a prompt's tokens once, and be paid what the ranking keeps."""
+"""kvenv/Rank-v1: rank a prompt's tokens once, and be paid what the ranking keeps."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from typing import Any, Literal
 import numpy as np
 from gymnasium import spaces
 
-from kvenv import utility as u
+from kvenv import rules as u
 from kvenv.envs import core
 from kvenv.envs.arena import Arena
-from kvenv.envs.batch import LARGEST, Batch, token_box
+from kvenv.envs.batch import Batch, token_box
 from kvenv.envs.render import RankView, draw_rank, write_rank
 from kvenv.envs.single import TraceEnv
 from kvenv.envs.source import Source, Traces, integer
 from kvenv.errors import KvenvError
+from kvenv.rules import Budget
 
 
 class RankBatch(Batch):
-    """The rules of kvenv/Rank-v0; see `RankEnv` for the arguments."""
+    """The rules of kvenv/Rank-v1; see `RankEnv` for the arguments."""
 
-    env_id = "kvenv/Rank-v0"
+    env_id = "kvenv/Rank-v1"
     options = ("episode", "layer", "head", "budgets")
 
     def __init__(
@@ -32,7 +33,7 @@ class RankBatch(Batch):
         head: int | None = None,
         episodes: Sequence[int] | None = None,
         reward: Literal["attention", "output"] = "attention",
-        budgets: Sequence[core.Budget] | None = None,
+        budgets: Sequence[Budget] | None = None,
         sinks: int = 0,
         recent: int = 0,
         sink_free: bool = False,
@@ -49,12 +50,9 @@ class RankBatch(Batch):
         core.resolve_budgets(self.budgets, drawn)
         d = source.traces.model.head_dim
         columns = core.feature_count(d)
-        box = token_box(
-            self.max_tokens, [(2 * d, -LARGEST), (3, 0)], [(2 * d, LARGEST), (1, 1), (1, 2), (1, 1)]
-        )
-        self._shape = box.shape if flat else (self.max_tokens, columns)
-        low, high = box.low.reshape(self._shape), box.high.reshape(self._shape)
-        self.observation_space = spaces.Box(low, high, dtype=np.float32)
+        rows = self.max_tokens
+        self._shape = (rows * columns,) if flat else (rows, columns)
+        self.observation_space = token_box(self._shape, rows, d)
         self.action_space = spaces.Box(-1.0, 1.0, (self.max_tokens,), dtype=np.float32)
         self._skipped = u.SINKS if sink_free else 0
         self._width = self.max_tokens - self._skipped
@@ -86,13 +84,14 @@ class RankBatch(Batch):
         episode, head = self.entry(entry)
         n = int(self.source.n[episode])
         keys, values = (self.source.read(episode, f, head)[:n] for f in ("keys", "values"))
+        framed = self.source.frame(keys[None], np.array([head]), np.array([n - 1]))[0]
         utility = self.source.read(episode, "utility/sum", head)
         oracle = np.nan  # of an episode that is not drawn, which may not have these budgets
         if episode in self.source.episodes:
             mass = self._counted(utility)
             oracle = float(u.oracle_reward(mass, core.resolve_budgets(self.budgets, len(mass))))
         return {
-            "rows": core.features(keys, values, np.arange(n), n, n).ravel(),
+            "rows": core.features(framed, values, np.arange(n - 1, -1, -1)).ravel(),
             "utility": utility,
             "oracle": oracle,
         }
@@ -164,14 +163,14 @@ class RankBatch(Batch):
         scores = np.where(kept, np.inf, actions)
         curve = self._curve(self.arena["utility"][self.row], scores, self.n)
         reward = core.mean_at(curve, self._columns, self._count)
-        # The same sum as kvenv.utility.random_reward's: whole numbers, divided once.
+        # The same sum as kvenv.rules.random_reward's: whole numbers, divided once.
         tokens = ((self._columns + 1) * (self._columns < self._width)).sum(-1)
         random = tokens / (self._count * (self.n - self._skipped))
         self._outcome = {
             "retention": np.take_along_axis(curve, self._reported[self.episode], -1),
             "random": random,
             "oracle": self._oracle.copy(),
-            "closure": core.closure(reward, self._oracle, random),
+            "normalized_score": core.normalized_score(reward, self._oracle, random),
         }
         self._scores = scores
         self._ranked[:] = self.done[:] = True
@@ -207,8 +206,10 @@ class RankBatch(Batch):
         scores = None
         if self._ranked[i]:
             scores = self._counted(self._scores[i, : self.n[i]])
-            closure = self._outcome["closure"][i]
-            title += f" · retention {self._retained[i]:.2f} · closure {closure:.2f}"
+            normalized_score = self._outcome["normalized_score"][i]
+            title += (
+                f" · retention {self._retained[i]:.2f} · normalized score {normalized_score:.2f}"
+            )
             if self.reward == "output":
                 title += f" · output error {self._change[i]:.2f}"
         return RankView(
@@ -250,26 +251,27 @@ class RankEnv(TraceEnv):
 
     ## Observation Space
 
-    `Box` of shape `(max_tokens * (2d + 3),)`, float32, for heads of dimension d: a row of 2d + 3
+    `Box` of shape `(max_tokens * (2d + 2),)`, float32, for heads of dimension d: a row of 2d + 2
     numbers for each token, in the prompt's order. `flat=False` keeps the rows apart, in the shape
-    `(max_tokens, 2d + 3)`. A prompt shorter than `max_tokens` is padded with rows of zeros.
+    `(max_tokens, 2d + 2)`. A prompt shorter than `max_tokens` is padded with rows of zeros.
 
-    | Column    | Observation                                       | Min    | Max   |
-    |-----------|---------------------------------------------------|--------|-------|
-    | 0 .. d-1  | key, as the cache holds it: after rotary position | -65504 | 65504 |
-    | d .. 2d-1 | value                                             | -65504 | 65504 |
-    | 2d        | position / n                                      | 0      | 1     |
-    | 2d+1      | log2(1 + position) / 16                           | 0      | 2     |
-    | 2d+2      | validity: 1 for a token, 0 for padding            | 0      | 1     |
+    | Column    | Observation                                       | Min     | Max    |
+    |-----------|---------------------------------------------------|---------|--------|
+    | 0 .. d-1  | key in the frame of now                           | -131008 | 131008 |
+    | d .. 2d-1 | value                                             | -131008 | 131008 |
+    | 2d        | log2(1 + age) / 16                                | 0       | 2      |
+    | 2d+1      | validity: 1 for a token, 0 for padding            | 0       | 1      |
 
-    Keys and values are float16 in the traces, which bounds them by 65504.
+    Now is the prompt's last token. The frame of now is the key as a query there meets it: the
+    rotary embedding turned back by now's position (`kvenv.rotation.Rotation.frame`), so that a
+    key looks the same at any length. A token's age is its distance to now.
 
     ## Rewards
 
     - `reward="attention"`: retention, averaged over budgets. Retention at budget b is the share of
       the head's utility (the attention that prompt tokens receive from the future) that the first
       b tokens of the ranking hold. It lies in [0, 1]; over all budgets a random ranking expects
-      (n + 1) / 2n. See `kvenv.utility.reward`.
+      (n + 1) / 2n. See `kvenv.rules.reward`.
     - `reward="output"`: minus the relative error ||o - o_full|| / ||o_full|| of the attention
       output after eviction and renormalisation, averaged over the future queries, the query heads
       that share the KV head, and budgets. It is 0 at best. See `kvenv.envs.core.output_error`.
@@ -307,19 +309,19 @@ class RankEnv(TraceEnv):
     - `"retention"`: (4,) float64, retention at 1/16, 1/8, 1/4 and 1/2 of the prompt;
     - `"random"`, `"oracle"`: retention averaged over the budgets, of a random ranking (its
       expectation) and of sorting by the utility itself;
-    - `"closure"`: how much of the way from random to oracle the ranking went: 0 is chance, 1 is
-      perfect;
+    - `"normalized_score"`: how much of the way from random to oracle the ranking went: 0 is chance,
+      1 is perfect;
     - `"output_error"`: (number of budgets,) float64, only with `reward="output"`.
 
     The first four measure attention also with `reward="output"`. `"random"` and `"oracle"` know of
-    no protected tokens, so `sinks` and `recent` can move closure either way.
+    no protected tokens, so `sinks` and `recent` can move normalized score either way.
 
     ## Arguments
 
     ```python
     import gymnasium as gym
 
-    env = gym.make("kvenv:kvenv/Rank-v0", traces="sample", layer=10, head=1, budgets=[0.25])
+    env = gym.make("kvenv:kvenv/Rank-v1", traces="sample", layer=10, head=1, budgets=[0.25])
     observation, info = env.reset(seed=0)
     ```
 
@@ -350,11 +352,13 @@ class RankEnv(TraceEnv):
 
     ## Vectorized environment
 
-    `gym.make_vec("kvenv/Rank-v0", num_envs=64, ...)` makes `kvenv.envs.RankVectorEnv`, which ranks
+    `gym.make_vec("kvenv/Rank-v1", num_envs=64, ...)` makes `kvenv.envs.RankVectorEnv`, which ranks
     64 prompts in one step and starts the next ones at once (autoreset mode `"SameStep"`).
 
     ## Version History
 
+    * v1: Keys in the frame of now, ages instead of positions. `"closure"` is
+      `"normalized_score"`.
     * v0: Initial version.
     """
 
@@ -367,7 +371,7 @@ class RankEnv(TraceEnv):
         head: int | None = None,
         episodes: Sequence[int] | None = None,
         reward: Literal["attention", "output"] = "attention",
-        budgets: Sequence[core.Budget] | None = None,
+        budgets: Sequence[Budget] | None = None,
         sinks: int = 0,
         recent: int = 0,
         sink_free: bool = False,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvenv import utility as u
+from kvenv import rules as u
 from kvenv.envs.board import (
     BLUE,
     EMPTY,
@@ -39,7 +39,7 @@ DECADES = 4
 
 @dataclass(frozen=True)
 class RankView:
-    """What there is to see of one episode of kvenv/Rank-v0.
+    """What there is to see of one episode of kvenv/Rank-v1.
 
     Attributes:
         title: one line.

@@ -35,7 +35,7 @@ ASIDE = (740, 928)
 
 @dataclass(frozen=True)
 class StreamView:
-    """What there is to see of an episode of kvenv/Stream-v0 or kvenv/Evict-v0 so far.
+    """What there is to see of an episode of kvenv/Stream-v1 or kvenv/Evict-v1 so far.
 
     Attributes:
         title: one line.

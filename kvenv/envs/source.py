@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from kvenv.errors import KvenvError
 from kvenv.trace import TraceSet, same_model
@@ -60,6 +61,9 @@ class Source:
             raise KvenvError(
                 f"the trace sets share no (layer, KV head): {held}; record the same --layers"
             )
+        rotations = [self.sets[0].model.rotation(layer) for layer, _ in self.heads]
+        self._rotations = list(dict.fromkeys(rotations))
+        self._kinds = np.array([self._rotations.index(one) for one in rotations])
         self._places = [(t, i) for t in self.sets for i in range(len(t))]
         infos = [t.info(i) for t, i in self._places]
         self.n = np.array([info.n for info in infos])
@@ -82,6 +86,26 @@ class Source:
         """One dataset of an episode for the head of that index; see `TraceSet.read`."""
         traces, index = self._places[episode]
         return traces.read(index, field, *self.heads[head])
+
+    def frame(self, keys: np.ndarray, heads: np.ndarray, now: np.ndarray) -> np.ndarray:
+        """Keys in the frame of now; see `kvenv.rotation.Rotation.frame`.
+
+        Args:
+            keys: (m, W, d) of m heads.
+            heads: their indices, (m,).
+            now: the newest token's position in each, (m,).
+
+        Returns:
+            (m, W, d) float32.
+        """
+        kinds = self._kinds[heads]
+        framed = np.empty(keys.shape, np.float32)
+        for kind in np.unique(kinds).tolist():
+            rows = kinds == kind
+            by = torch.from_numpy(-now[rows])[:, None]
+            turned = self._rotations[kind].turn(torch.from_numpy(keys[rows]), by)
+            framed[rows] = turned.numpy()
+        return framed
 
     def tokens(self, episode: int) -> np.ndarray:
         """Token ids of prompt and future, (S,) int32."""

@@ -19,7 +19,6 @@ from kvenv.evaluation.metrics import score
 from kvenv.evaluation.statistics import interval, paired
 from kvenv.recording import tokens
 from kvenv.trace import EpisodeInfo, TraceSet
-from kvenv.utility import budget_tokens
 
 MARGIN = 16
 """New tokens allowed beyond the recorded reply's, at least; half of the reply's if that is more."""
@@ -88,13 +87,21 @@ class Accuracy:
         info, n = prompt.info, prompt.info.n
         facts = info.metadata
         answer = self._choose if facts.get("choices") else self._write
-        budgets = [budget_tokens(fraction, n) for fraction in self._cutter.budgets]
         task = str(facts.get("task", info.workload))
         length = int(prompt.traces.manifest.arguments.get("prompt_tokens", n))
         group = self._groups[task, str(facts.get("prompting", "aware")), length]
         group.documents.append(info.document)
         group.full += answer(prompt, prompt.whole(), 1)
-        group.cut.append([answer(prompt, prompt.cut(b), len(self._cutter.agents)) for b in budgets])
+        group.cut.append(
+            [
+                [
+                    right
+                    for cache in self._cutter.cuts(prompt, share)
+                    for right in answer(prompt, cache, prompt.rows)
+                ]
+                for share in self._cutter.budgets
+            ]
+        )
 
     def result(self) -> dict[str, Any]:
         """The "accuracy" section of an evaluation."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -15,14 +15,19 @@ from kvenv.errors import KvenvError
 from kvenv.evaluation.cutlayer import CutLayer, own_masks
 from kvenv.evaluation.retention import kind_of, score_prompt
 from kvenv.identity import fingerprint, full_attention_layers
+from kvenv.recording.tokens import check_choice
+from kvenv.rules import budget_tokens, compete, competition_floor, protect, ranking
 from kvenv.scorers.base import Head, Scorer
+from kvenv.scorers.calibration import Calibration
 from kvenv.trace import EpisodeInfo, TraceSet, same_model
-from kvenv.utility import budget_tokens, protect, ranking
 
 FLOAT32 = torch.finfo(torch.float32)
 
-Budget = int | Mapping[int, Sequence[int]]
-"""Tokens for every head, or layer -> tokens for each of its KV heads (see `kvenv.cache`)."""
+Allocation = Literal["uniform", "layerwise", "adaptive"]
+"""Every head keeps the budget, or the heads of a layer, or all heads, compete for one total."""
+
+Counts = int | Mapping[int, torch.Tensor]
+"""Tokens for every head, or layer -> (A, H) tokens for each agent's heads."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,8 @@ class Prompt:
         logits: (1, V) what the model expects after the prompt, all of it being there.
         cache: the model's own cache of the n tokens, one row; `whole` gives copies of it.
         orders: full-attention layer -> rankings (A, H, n) int64, a row an agent.
+        masses: (A, heads, n) the attention that each token is expected to get, infinite where it
+            always stays; None where every head is given the same budget.
     """
 
     traces: TraceSet
@@ -44,30 +51,53 @@ class Prompt:
     logits: torch.Tensor
     cache: Cache
     orders: Mapping[int, torch.Tensor]
+    masses: torch.Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """A, the agents."""
+        return len(next(iter(self.orders.values())))
 
     def whole(self) -> Cache:
         """A cache of one row from which nothing was evicted."""
         return copy.deepcopy(self.cache)
 
-    def kept(self, layer: int, budget: int | Sequence[int]) -> torch.Tensor:
+    def kept(self, layer: int, budget: int | torch.Tensor) -> torch.Tensor:
         """Positions of the tokens that each agent keeps, (A, H, b) int64, ascending.
 
-        Of budgets that differ, one for each of the H heads, b is the largest; -1 fills the first
+        Of budgets that differ, (A, H) numbers of at least 1, b is the largest; -1 fills the first
         places of the others.
         """
         order = self.orders[layer]
         if isinstance(budget, int):
             return order[..., :budget].sort(dim=-1).values
-        if len(budget) != order.shape[1] or min(budget) < 1:
-            raise KvenvError(
-                f"budgets {tuple(budget)} of layer {layer}: give at least 1 token for each of its "
-                f"{order.shape[1]} KV heads"
-            )
-        best = order[..., : max(budget)]
-        beyond = torch.arange(best.shape[-1]) >= torch.tensor(budget).unsqueeze(1)
-        return best.masked_fill(beyond.to(best.device), -1).sort(dim=-1).values
+        best = order[..., : int(budget.max())]
+        beyond = torch.arange(best.shape[-1], device=best.device) >= budget.unsqueeze(-1)
+        return best.masked_fill(beyond, -1).sort(dim=-1).values
 
-    def cut(self, budget: Budget) -> Cache:
+    def counts(self, budget: int, allocation: Allocation, least: int) -> Counts:
+        """How many tokens each head keeps of a budget, as an allocation has it.
+
+        Args:
+            budget: tokens a head, on average where heads compete.
+            allocation: see `Allocation`.
+            least: sinks and recent tokens together.
+
+        Raises:
+            KvenvError: if heads compete and there are no masses to compete by.
+        """
+        if allocation == "uniform":
+            return budget
+        if self.masses is None:
+            raise KvenvError(f"allocation {allocation!r} needs masses: name it to the Cutter")
+        layers = len(self.orders) if allocation == "layerwise" else 1
+        groups = self.masses.unflatten(1, (layers, -1)).flatten(0, 1)
+        total = budget * groups.shape[1]
+        counts = compete(groups, total, competition_floor(budget, least))
+        per_layer = counts.view(len(self.masses), len(self.orders), -1).unbind(1)
+        return dict(zip(self.orders, per_layer, strict=True))
+
+    def cut(self, budget: Counts) -> Cache:
         """A cache of A rows, a row an agent, whose heads each hold their best ``budget`` tokens.
 
         Where budgets differ, it is the results that are those of such a cache, not its memory, and
@@ -76,7 +106,7 @@ class Prompt:
         Layers without rankings (sliding windows and others that the model bounds itself) are the
         model's own. Nothing more is evicted from it: it grows with every token that it is fed.
         """
-        rows = torch.zeros(next(iter(self.orders.values())).shape[0], dtype=torch.int64)
+        rows = torch.zeros(self.rows, dtype=torch.int64)
         layers: list[Any] = list(self.cache.layers)
         for number, layer in enumerate(layers):
             if number in self.orders:
@@ -107,13 +137,16 @@ class Cutter:
     Args:
         model: the model that the sets were recorded from.
         sets: trace sets with every full-attention layer.
-        scorers: agent -> scorer of every head; an age term counts as at the prompt's end.
+        scorers: agent -> scorer of every head.
         budgets: as fractions of the prompt.
         sinks: the first tokens, kept by every agent.
         recent: the last tokens, kept by every agent.
+        allocations: how heads share the budget, each measured for every agent.
+        calibrations: agent -> what heads compete by; of those not named, the scorer's own.
 
     Attributes:
-        agents: their names, in the order of a cut cache's rows.
+        agents: their names, in the order of the rows of `cuts`: under each allocation all of them,
+            "NAME (ALLOCATION)" where it is not uniform.
         kinds: agent -> learned, heuristic or oracle.
         oracle: the agent that ranks by the recorded future, if there is one.
 
@@ -131,6 +164,8 @@ class Cutter:
         budgets: Sequence[float],
         sinks: int = 4,
         recent: int = 16,
+        allocations: Sequence[Allocation] = ("uniform",),
+        calibrations: Mapping[str, Calibration] | None = None,
     ) -> None:
         check_recorded(model, sets)
         if not scorers:
@@ -148,8 +183,18 @@ class Cutter:
                 check(sets[0].model)
             _check_covers(name, scorer, heads)
         self.model, self.sets, self.sinks, self.recent = model, sets, sinks, recent
-        self.budgets, self.agents = tuple(dict.fromkeys(map(float, budgets))), tuple(scorers)
-        self.kinds = {name: kind_of(one) for name, one in scorers.items()}
+        self.budgets = tuple(dict.fromkeys(map(float, budgets)))
+        self.allocations = tuple(dict.fromkeys(allocations))
+        for allocation in self.allocations or ("",):
+            check_choice("allocation", allocation, get_args(Allocation))
+        self._compete = self.allocations != ("uniform",)
+        self._calibrations = calibrations_of(scorers, calibrations) if self._compete else {}
+        self.kinds = {
+            row_name(name, allocation): kind_of(one)
+            for allocation in self.allocations
+            for name, one in scorers.items()
+        }
+        self.agents = tuple(self.kinds)
         self.oracle = next((n for n, kind in self.kinds.items() if kind == "oracle"), None)
         self._scorers, self._heads = scorers, heads
         self._check_budgets()
@@ -175,12 +220,33 @@ class Cutter:
         per_layer = orders.unflatten(1, (-1, traces.model.kv_heads)).unbind(1)
         layers = dict.fromkeys(layer for layer, _ in self._heads)
         ranked = dict(zip(layers, per_layer, strict=True))
-        return Prompt(traces, info, tokens[info.n :], logits, cache, ranked)
+        masses = None
+        if self._compete:
+            masses = torch.stack([self._masses(name, one) for name, one in scores.items()])
+        return Prompt(traces, info, tokens[info.n :], logits, cache, ranked, masses)
+
+    def cuts(self, prompt: Prompt, share: float) -> Iterator[Cache]:
+        """The caches of all `agents` at a share of the prompt, an allocation each."""
+        least = self.sinks + self.recent
+        budget = budget_tokens(share, prompt.info.n, least)
+        for allocation in self.allocations:
+            yield prompt.cut(prompt.counts(budget, allocation, least))
 
     def _order(self, scores: torch.Tensor) -> torch.Tensor:
         """Rankings (heads, n) from scores at the prompt's end, sinks and recent tokens first."""
         # Whatever a scorer says stays below what is protected.
         return ranking(protect(scores.clamp(FLOAT32.min, FLOAT32.max), self.sinks, self.recent))
+
+    def _masses(self, name: str, scores: torch.Tensor) -> torch.Tensor:
+        """What attention an agent expects of each token, (heads, n), infinite where protected."""
+        each = scores.unflatten(0, (-1, self.sets[0].model.kv_heads))
+        layers = dict.fromkeys(layer for layer, _ in self._heads)
+        table = self._calibrations[name]
+        found = [
+            table.masses_of(layer, one.unsqueeze(0))[0]
+            for layer, one in zip(layers, each, strict=True)
+        ]
+        return protect(torch.cat(found), self.sinks, self.recent)
 
     def _check_budgets(self) -> None:
         if not self.budgets:
@@ -190,18 +256,38 @@ class Cutter:
                 f"sinks {self.sinks} and recent {self.recent} must be numbers of tokens: give 0 "
                 "or more"
             )
-        least = self.sinks + self.recent
         for traces in self.sets:
             for index in range(len(traces)):
-                n = traces.info(index).n
-                for fraction in self.budgets:
-                    budget = budget_tokens(fraction, n)
-                    if budget < min(least, n):
-                        raise KvenvError(
-                            f"budget {fraction:g} of the {n} prompt tokens of episode {index} of "
-                            f"{traces.path} is {budget}, below sinks {self.sinks} + recent "
-                            f"{self.recent}: raise it, or lower sinks or recent"
-                        )
+                try:
+                    for share in self.budgets:
+                        budget_tokens(share, traces.info(index).n, self.sinks + self.recent)
+                except KvenvError as error:
+                    raise KvenvError(f"episode {index} of {traces.path}: {error}") from error
+
+
+def row_name(agent: str, allocation: str) -> str:
+    """What an agent is called under an allocation."""
+    return agent if allocation == "uniform" else f"{agent} ({allocation})"
+
+
+def calibrations_of(
+    scorers: Mapping[str, Scorer], given: Mapping[str, Calibration] | None = None
+) -> dict[str, Calibration]:
+    """Every agent's calibration: the one given, or else the scorer's own.
+
+    Raises:
+        KvenvError: naming an agent that has none.
+    """
+    found = {}
+    for name, scorer in scorers.items():
+        table = (given or {}).get(name) or getattr(scorer, "calibration", None)
+        if table is None:
+            raise KvenvError(
+                f"agent {name} has no calibration, which heads compete by: give --calibrate-on "
+                "TRACES, or allocation uniform"
+            )
+        found[name] = table
+    return found
 
 
 def check_recorded(model: PreTrainedModel, sets: Sequence[TraceSet]) -> None:

@@ -85,7 +85,9 @@ def own_masks(model: PreTrainedModel, cache: Cache, length: int) -> Iterator[Non
         for number, layer in enumerate(cache.layers)
         if isinstance(layer, CutLayer) and layer.absent is not None
     }
-    if ragged and model.config._attn_implementation not in ("sdpa", "eager"):
+    # An EvictionCache leaves its own attention, which passes on what is not its cache's.
+    kind = str(model.config._attn_implementation).removeprefix("kvenv|")
+    if ragged and kind not in ("sdpa", "eager"):
         raise KvenvError(
             f"attention {model.config._attn_implementation!r} takes no mask for each head: load "
             'the model with attn_implementation="sdpa"'

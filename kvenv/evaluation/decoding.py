@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,20 +10,17 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from kvenv.cache import EvictionCache
-from kvenv.cache.allocation import Mode
-from kvenv.cache.backends import Choice
+from kvenv import cache as bounded
 from kvenv.errors import KvenvError
 from kvenv.evaluation import metrics
-from kvenv.identity import fingerprint
-from kvenv.recording import models
-from kvenv.scorers.base import Scorer
+from kvenv.evaluation.cut import check_recorded
+from kvenv.identity import full_attention_layers
 from kvenv.trace import TraceSet
 
 
 @dataclass(frozen=True)
-class Task:
-    """What to decode.
+class Question:
+    """What to answer.
 
     Attributes:
         tokens: (1, S) the whole prompt.
@@ -47,67 +43,25 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Decoding:
-    """How to decode; ``budget`` below 1 is a share of the prompt, else tokens a head.
-
-    ``allocation``, ``backend`` and ``block`` are those of `EvictionCache`.
-    """
-
-    budget: float
-    sinks: int = 4
-    recent: int = 16
-    max_new_tokens: int = 128
-    sample: bool = False
-    seed: int = 0
-    allocation: Mode = "uniform"
-    backend: Choice = "auto"
-    block: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise KvenvError(f"max-new-tokens is {self.max_new_tokens}: it must be at least 1")
-
-    def tokens(self, task: Task) -> int:
-        """The budget in tokens a head."""
-        if not 0 < self.budget < math.inf:
-            raise KvenvError(
-                f"budget {self.budget:g} keeps nothing or has no bound: give tokens a head, or a "
-                "share of the prompt below 1"
-            )
-        if self.budget < 1:
-            prompt = task.cut or task.tokens.shape[1]
-            budget, least = round(self.budget * prompt), max(1, self.sinks + self.recent)
-            if budget < least:
-                raise KvenvError(
-                    f"budget {self.budget:g} of {prompt} prompt tokens is {budget}, below sinks "
-                    f"{self.sinks} + recent {self.recent}: raise it, or lower sinks or recent"
-                )
-            return budget
-        if self.budget != int(self.budget):
-            raise KvenvError(f"budget {self.budget:g} is neither whole tokens nor a share below 1")
-        return int(self.budget)
-
-
-@dataclass(frozen=True)
-class Decoded:
+class Answer:
     """A decoded answer and its cost.
 
     Attributes:
         text: the answer.
-        kept: tokens a head held at the end (the first full-attention layer's).
+        kept: tokens a head held at the end, on average over the full-attention layers' heads.
         seen: tokens the model has seen.
         nbytes: bytes of keys and values held at the end.
         rate: new tokens a second, the prompt's processing included.
     """
 
     text: str
-    kept: int
+    kept: float
     seen: int
     nbytes: int
     rate: float
 
 
-def encode(text: str, tokenizer: PreTrainedTokenizerBase, chat: bool = True) -> Task:
+def encode(text: str, tokenizer: PreTrainedTokenizerBase, chat: bool = True) -> Question:
     """A prompt given as text; ``chat`` puts it through the tokenizer's chat template, if any."""
     if chat and tokenizer.chat_template:
         turns = [{"role": "user", "content": text}]
@@ -117,21 +71,18 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase, chat: bool = True) -> 
         ids = tokenizer(text).input_ids
     if not ids:
         raise KvenvError("the prompt is empty: give some text")
-    return Task(torch.tensor([ids]))
+    return Question(torch.tensor([ids]))
 
 
-def from_episode(
-    traces: TraceSet, index: int, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
-) -> Task:
+def from_episode(traces: TraceSet, index: int, model: PreTrainedModel) -> Question:
     """The prompt of a recorded episode, with the answer that its workload expects.
 
     Of a question-agnostic episode the question follows the prompt, after eviction.
+
+    Raises:
+        KvenvError: if it was recorded from another model.
     """
-    if fingerprint(model) != traces.model.fingerprint:
-        raise KvenvError(
-            f"{traces.path} was recorded from {traces.model.id}, not {model.config._name_or_path}: "
-            f"give --model {traces.model.id}"
-        )
+    check_recorded(model, [traces])
     info = traces.info(index)
     ids = traces.tokens(index)[: info.n].tolist()
     facts = info.metadata
@@ -145,69 +96,69 @@ def from_episode(
         note += f"; question: {facts['question']}"
     if answers := facts.get("answers"):
         note += f"; expected: {', '.join(map(str, answers))}"
-    return Task(torch.tensor([ids]), cut, note, dict(facts))
+    return Question(torch.tensor([ids]), cut, note, dict(facts))
 
 
-def decode(
+def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    settings: Decoding,
-    scorer: Scorer | None,
+    question: Question,
+    cache: bounded.EvictionCache | None = None,
     *,
-    fallback: Scorer | None = None,
+    max_new_tokens: int = 128,
+    sample: bool = False,
+    seed: int = 0,
     stream: bool = False,
-) -> Decoded:
-    """Decode with `EvictionCache`, or with the full cache if there is no scorer.
+) -> Answer:
+    """Decode with a bounded cache, or with the full one.
 
     Args:
         model: the language model.
         tokenizer: its tokenizer.
-        task: the prompt.
-        settings: budget and generation settings.
-        scorer: which tokens to keep.
-        fallback: for heads that the scorer does not cover.
+        question: the prompt.
+        cache: an empty cache; None is the full one.
+        max_new_tokens: when to stop at the latest.
+        sample: draw as the model's generation settings say instead of taking the likeliest.
+        seed: of the draws; torch's global generator is left as it was.
         stream: print the text as it comes.
+
+    Raises:
+        KvenvError: if no token is asked for.
     """
-    if scorer is None:
-        cache = DynamicCache(config=model.config)
-    else:
-        cache = EvictionCache(
-            model,
-            scorer,
-            budget=settings.tokens(task),
-            sinks=settings.sinks,
-            recent=settings.recent,
-            allocation=settings.allocation,
-            context=task.tokens.shape[1],
-            backend=settings.backend,
-            block=settings.block,
-            fallback=fallback,
-        )
-    tokens = task.tokens.to(model.device)
+    if max_new_tokens < 1:
+        raise KvenvError(f"max-new-tokens is {max_new_tokens}: it must be at least 1")
+    tokens = question.tokens.to(model.device)
+    options: dict[str, Any] = {
+        "attention_mask": torch.ones_like(tokens),
+        "max_new_tokens": max_new_tokens,
+        "do_sample": sample,
+        "pad_token_id": tokenizer.pad_token_id or tokenizer.eos_token_id,
+    }
+    if stream:
+        options["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    held = DynamicCache(config=model.config) if cache is None else cache
     began = time.perf_counter()
-    if task.cut:
-        with torch.inference_mode():
-            model(tokens[:, : task.cut], past_key_values=cache, logits_to_keep=1)
-    shown = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    new = models.generate(
-        model,
-        tokenizer,
-        tokens,
-        settings.max_new_tokens,
-        sample=settings.sample,
-        seed=settings.seed,
-        past_key_values=cache,
-        streamer=shown if stream else None,
-    )
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.inference_mode(), torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        if question.cut:
+            model(tokens[:, : question.cut], past_key_values=held, logits_to_keep=1)
+        if cache is None:
+            call: Any = model.generate  # typed as a tensor by a wrapper inside transformers
+            result = call(tokens, past_key_values=held, **options)
+        else:
+            result = bounded.generate(model, tokens, cache, **options)
+    new = result[0, tokens.shape[1] :]
     seconds = time.perf_counter() - began
-    layers: list[Any] = list(cache.layers)
-    whole = next(layer for layer in layers if not getattr(layer, "is_sliding", False))
-    held = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
-    return Decoded(
-        text=str(tokenizer.decode(new, skip_special_tokens=True)),
-        kept=int(getattr(whole, "held", whole.keys.shape[-2])),
-        seen=int(cache.get_seq_length()),
-        nbytes=sum(t.numel() * t.element_size() for t in held if t is not None),
-        rate=len(new) / seconds,
-    )
+    seen = int(held.get_seq_length())
+    kept, nbytes = float(seen), 0
+    if cache is None:
+        layers: Any = held.layers
+        states = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+        nbytes = sum(t.numel() * t.element_size() for t in states if t is not None)
+    else:
+        evicting = [i for i in full_attention_layers(model.config) if i < len(cache.layers)]
+        counts = [(cache.positions(i) >= 0).sum(-1).float().mean().item() for i in evicting]
+        kept, nbytes = sum(counts) / len(counts), cache.nbytes
+    text = str(tokenizer.decode(new, skip_special_tokens=True))
+    return Answer(text, kept, seen, nbytes, len(new) / seconds)

@@ -14,7 +14,6 @@ from transformers.cache_utils import Cache
 from kvenv.errors import KvenvError
 from kvenv.evaluation.cut import Cutter, Prompt, forward
 from kvenv.evaluation.statistics import interval
-from kvenv.utility import budget_tokens
 
 LOGITS = 2**26
 """Numbers of logits held at once, where the tokens of one pass may be split."""
@@ -55,10 +54,13 @@ class Perplexity:
             tokens = prompt.future.expand(rows, -1)
             return losses(self._cutter.model, cache, tokens, start=n).mean(-1).tolist()
 
-        agents = len(self._cutter.agents)
+        rows = prompt.rows
         self._full += mean(prompt.whole(), 1)
         self._cut.append(
-            [mean(prompt.cut(budget_tokens(f, n)), agents) for f in self._cutter.budgets]
+            [
+                [loss for cache in self._cutter.cuts(prompt, share) for loss in mean(cache, rows)]
+                for share in self._cutter.budgets
+            ]
         )
         self._documents.append(prompt.info.document)
         self._tokens += length - 1

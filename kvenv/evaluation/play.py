@@ -19,9 +19,9 @@ from kvenv.scorers.base import Scorer
 class ScorerPolicy:
     """A scorer as a policy of a single kvenv environment.
 
-    In Rank-v0 it scores the prompt; in Stream-v0 every token as it arrives, which takes a scorer
-    whose scores are fixed then; in Evict-v0 the slots at every step, as an `EvictionCache` does.
-    A scorer that needs the utility (the oracle) is given the attention still to come.
+    In Rank-v1 it scores the prompt; in Stream-v1 and Evict-v1 what is held, at every decision, as
+    an `EvictionCache` does. A scorer that needs the utility (the oracle) is given the attention
+    still to come; other needs are known of prompts alone.
 
     Args:
         scorer: what scores.
@@ -34,30 +34,24 @@ class ScorerPolicy:
     def __init__(self, scorer: Scorer, env: gym.Env[Any, Any]) -> None:
         self._batch: Any = getattr(env.unwrapped, "batch", None)
         players: dict[str, Callable[[], Any]] = {
-            "kvenv/Rank-v0": self._rank,
-            "kvenv/Stream-v0": self._stream,
-            "kvenv/Evict-v0": self._evict,
+            "kvenv/Rank-v1": self._rank,
+            "kvenv/Stream-v1": self._stream,
+            "kvenv/Evict-v1": self._evict,
         }
         env_id = getattr(self._batch, "env_id", None)
         if env_id not in players or self._batch.num > 1:
             raise KvenvError(f"{env} is no single environment of {', '.join(players)}: make one")
         self._play, self._scorer = players[env_id], scorer
-        self._slots = isinstance(self._batch, SlotBatch)
-        if self._slots and (missing := scorer.needs - {"utility"}):
+        slots = isinstance(self._batch, SlotBatch)
+        if slots and (missing := scorer.needs - {"utility"}):
             raise KvenvError(
                 f"{type(scorer).__name__} needs {', '.join(sorted(missing))}, which {env_id} does "
-                "not give: use kvenv/Rank-v0"
+                "not give: use kvenv/Rank-v1"
             )
-        changes = scorer.age_term is not None or not (scorer.pointwise or scorer.needs)
-        if env_id == "kvenv/Stream-v0" and changes:
-            raise KvenvError(
-                f"{type(scorer).__name__} gives scores that change after a token's arrival, and "
-                f"{env_id} takes none of those: use kvenv/Evict-v0"
-            )
+        self._needs = frozenset[str]() if slots else scorer.needs
         self._key: tuple[int, int] | None = None
         self._data: dict[str, torch.Tensor] = {}
         self._future = np.empty((0, 0))
-        self._scores = np.empty(0)
 
     def __call__(self, observation: np.ndarray, info: dict[str, Any]) -> Any:
         """The action in the environment's present state."""
@@ -72,61 +66,58 @@ class ScorerPolicy:
 
     def _rank(self) -> np.ndarray:
         action = np.zeros(self._batch.action_space.shape, np.float32)
-        action[: len(self._scores)] = self._scores
+        n = int(self._batch.n[0])
+        action[:n] = _spread(self._score(np.arange(n), n))
         return action
 
     def _stream(self) -> np.ndarray:
-        return self._scores[self._batch.now[0], None].astype(np.float32)
+        held = self._batch.positions[0]
+        action = np.zeros(held.shape, np.float32)
+        there = held >= 0
+        action[there] = _spread(self._score(held[there], int(self._batch.now[0])))
+        return action
 
     def _evict(self) -> int:
         """The lowest of the slots that may go; of equal scores the latest token's."""
-        batch, scorer = self._batch, self._scorer
-        now = int(batch.now[0])
-        slots = np.flatnonzero(batch.allowed()[0])
-        held = batch.positions[0][batch.positions[0] >= 0]
-        if len(self._scores):
-            scores = self._scores
-        else:
-            scores = np.empty(now + 1)
-            scores[held] = self._score(held, self._future[now, held] if scorer.needs else None)
-        places = batch.positions[0, slots]
-        worth = self._aged(scores[places], now - places)
-        tied = worth == worth.min()
-        return int(slots[np.where(tied, places, -1).argmax()])
+        batch = self._batch
+        places, allowed = batch.candidates()[0], batch.allowed()[0]
+        held = np.sort(places[places >= 0])
+        scores = self._score(held, int(batch.now[0]) + 1)
+        slots = np.flatnonzero(allowed)
+        worth = scores[np.searchsorted(held, places[slots])]
+        return int(slots[np.where(worth == worth.min(), places[slots], -1).argmax()])
 
     def _read(self) -> None:
-        """Read the episode, and score all of it where that can be done at once."""
-        batch, scorer = self._batch, self._scorer
+        """Read the episode's layer, all of the text or the prompt alone."""
+        batch = self._batch
         layer, _ = batch.source.heads[batch.head[0]]
         traces, index = batch.source.place(int(batch.episode[0]))
-        length = int(batch.lengths[0]) if self._slots else None
-        needs = frozenset[str]() if self._slots else scorer.needs
-        self._data = layer_inputs(traces, index, layer, needs, length)
-        every = np.arange(self._data["keys"].shape[2])
-        if not self._slots:
-            self._scores = _spread(self._aged(self._score(every, None), every[::-1]))
-            return
-        utility = None
-        if scorer.needs:
-            self._future = batch.future_attention(0)
-            # While recent it is kept anyway, so what it gets then is not its score's merit.
-            after = np.minimum(every + max(batch.recent, 1), len(every))
-            utility = self._future[after, every]
-        if batch.env_id == "kvenv/Stream-v0":
-            self._scores = _spread(self._score(every, utility))
-        elif scorer.pointwise and not scorer.needs:
-            self._scores = self._score(every, None)
+        slots = isinstance(batch, SlotBatch)
+        length = int(batch.lengths[0]) if slots else None
+        self._data = layer_inputs(traces, index, layer, self._needs, length)
+        if slots and self._scorer.needs:
+            rows = np.vstack([batch.square(0), np.zeros(int(batch.lengths[0]))])
+            self._future = rows[::-1].cumsum(0)[::-1]
 
-    def _score(self, positions: np.ndarray, utility: np.ndarray | None) -> np.ndarray:
-        """Scores of the tokens at these positions, (m,), among themselves."""
+    def _score(self, positions: np.ndarray, seen: int) -> np.ndarray:
+        """Scores of the tokens at these positions, (m,), among themselves.
+
+        Args:
+            positions: ascending.
+            seen: tokens of the text so far; the newest is one before.
+        """
         batch, data, at = self._batch, self._data, torch.from_numpy(positions)
         layer, head = batch.source.heads[batch.head[0]]
-        needs = {need: data[need] for need in self._scorer.needs if need in data}
-        if utility is not None:
-            needs["utility"] = torch.from_numpy(utility).expand(1, data["keys"].shape[1], -1)
-        inputs = (data[name][:, :, at] for name in ("keys", "values", "positions"))
+        needs = {need: data[need] for need in self._needs}
+        if "utility" in self._scorer.needs - self._needs:
+            # In Evict-v1 the newcomer's own queries are still to come.
+            first = seen - (batch.env_id == "kvenv/Evict-v1")
+            ahead = torch.from_numpy(self._future[first, positions])
+            needs["utility"] = ahead.expand(1, data["keys"].shape[1], -1)
+        keys, values, places = (data[n][:, :, at] for n in ("keys", "values", "positions"))
+        now = torch.tensor([seen - 1])
         with torch.no_grad():
-            scores = self._scorer.score(layer, *inputs, **needs)[0, head]
+            scores = self._scorer.score(layer, keys, values, places, now, **needs)[0, head]
         if torch.isnan(scores).any():
             raise KvenvError(
                 f"{type(self._scorer).__name__} gave NaN scores for layer {layer} head {head}: it "
@@ -134,21 +125,11 @@ class ScorerPolicy:
             )
         return scores.double().numpy()
 
-    def _aged(self, scores: np.ndarray, ages: np.ndarray) -> np.ndarray:
-        """Scores (m,) with what the scorer adds to tokens of these ages, in a cache's float32."""
-        if self._scorer.age_term is None:
-            return scores
-        layer, head = self._batch.source.heads[self._batch.head[0]]
-        given = torch.from_numpy(ages.copy()).expand(1, self._data["keys"].shape[1], -1)
-        with torch.no_grad():
-            added = self._scorer.age_term(layer, given)[0, head]
-        return scores.astype(np.float32) + added.numpy()
-
 
 def _spread(scores: np.ndarray) -> np.ndarray:
     """Scores as evenly spread numbers in [-1, 1]; their order and ties stay."""
     order = np.unique(scores, return_inverse=True)[1]
-    return 2 * order / max(int(order.max()), 1) - 1
+    return 2 * order / max(int(order.max(initial=0)), 1) - 1
 
 
 def play_all(env: gym.Env[Any, Any], scorer: Scorer, figure: str) -> np.ndarray:
@@ -157,7 +138,7 @@ def play_all(env: gym.Env[Any, Any], scorer: Scorer, figure: str) -> np.ndarray:
     Args:
         env: a single kvenv environment.
         scorer: what plays.
-        figure: which entry of the last info to take: "closure" (Rank-v0) or "retention" (others).
+        figure: which entry of the last info to take: "normalized_score" or "retention".
 
     Returns:
         (episodes, heads) float64, in the order of the environment's ``episodes`` and ``heads``.

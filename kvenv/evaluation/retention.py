@@ -9,14 +9,14 @@ from typing import Literal
 import numpy as np
 import torch
 
-from kvenv import utility as ut
+from kvenv import rules as ut
 from kvenv.errors import KvenvError
-from kvenv.learning.episodes import choose_heads
 from kvenv.scorers.base import Head, Scorer
 from kvenv.scorers.bundle import NetworkScorer
 from kvenv.trace import TraceSet, same_model
+from kvenv.trace.batches import choose_heads
 
-METRICS = ("reward", "closure", *(f"retention@1/{round(1 / f)}" for f in ut.FRACTIONS))
+METRICS = ("reward", "normalized_score", *(f"retention@1/{round(1 / f)}" for f in ut.FRACTIONS))
 """What is measured for every (episode, head), once with the sinks and once without.
 
 The reward, retention averaged over all budgets, is the area under the budget curve.
@@ -24,6 +24,9 @@ The reward, retention averaged over all budgets, is the area under the budget cu
 
 BUDGETS = (1 / 64, *(step / 32 for step in range(1, 33)))
 """Where the budget curve is kept, as fractions of the prompt."""
+
+STATES = ("keys", "values", "positions", "now")
+"""What every scorer is given."""
 
 Kind = Literal["learned", "oracle", "heuristic"]
 
@@ -146,7 +149,7 @@ def score_prompt(
     heads: Sequence[Head],
     device: str | torch.device = "cpu",
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Every scorer's scores of a prompt at its end, ages included, read one layer at a time.
+    """Every scorer's scores of a prompt at its end, read one layer at a time.
 
     Args:
         traces: where the episode is.
@@ -175,19 +178,13 @@ def score_prompt(
         for name, scorer in scorers.items():
             extra = {need: data[need] for need in scorer.needs}
             with torch.no_grad():
-                given = scorer.score(
-                    layer, data["keys"], data["values"], data["positions"], **extra
-                )[0, picked]
+                given = scorer.score(layer, *(data[name] for name in STATES), **extra)[0, picked]
             if torch.isnan(given).any():
                 raise KvenvError(
                     f"agent {name} gave NaN scores in layer {layer}, episode {index} of "
                     f"{traces.path}: mend its score()"
                 )
-            given = given.to(device, torch.float32)
-            if scorer.age_term is not None:
-                age = shape[1] - 1 - data["positions"]
-                given = given + scorer.age_term(layer, age)[0, picked].to(given)
-            scores[name][rows] = given
+            scores[name][rows] = given.to(device, torch.float32)
     return utility, scores
 
 
@@ -217,14 +214,16 @@ def layer_inputs(
         "keys": keys,
         "values": torch.from_numpy(traces.read(index, "values", layer)[None, :, :n]),
         "positions": torch.arange(n).expand(1, keys.shape[1], n),
+        "now": torch.tensor([n - 1]),
     }
     if "utility" in needs:
         data["utility"] = torch.from_numpy(traces.read(index, "utility/sum", layer)[None])
     if "queries" in needs:
         queries = traces.read(index, "queries", layer)
         data["queries"] = torch.from_numpy(queries[None, :, : queries.shape[1] - info.T])
-    if "past_attention" in needs:
-        data["past_attention"] = torch.from_numpy(traces.read(index, "past/sum", layer)[None])
+    for need, field in (("past_attention", "past/sum"), ("recent_attention", "past/window")):
+        if need in needs:
+            data[need] = torch.from_numpy(traces.read(index, field, layer)[None])
     for need in sorted(needs & {"query_mean", "query_cov"}):
         data[need] = torch.from_numpy(traces.read(index, f"stats/{need}", layer)[None])
     return data
@@ -243,7 +242,7 @@ class _Yardstick:
         """The metrics and the curve of rankings (H, n), side by side: (H, 6 + m) float64."""
         curves = ut.retention_of(self._utility, order)
         reward = ut.mean_over_budgets(curves)
-        columns = [reward, ut.closure_of(reward, self._best, curves.shape[-1])]
+        columns = [reward, ut.normalized_score_of(reward, self._best, curves.shape[-1])]
         return torch.cat([torch.stack(columns, -1), curves[:, self._at]], -1)
 
 

@@ -20,6 +20,8 @@ def print_tasks(result: Mapping[str, Any]) -> None:
     for name in ("perplexity", "streaming", "conversation"):
         if section := result.get(name):
             _perplexities(name, section)
+    if section := result.get("streams"):
+        _streams(section)
     for group in result.get("accuracy", {}).get("groups", ()):
         _accuracies(group)
 
@@ -46,6 +48,16 @@ def _perplexities(name: str, section: Mapping[str, Any]) -> None:
     console.print(table)
     for agent, why in section.get("left_out", {}).items():
         console.print(f"{agent} is left out: it {why}", markup=False, highlight=False)
+
+
+def _streams(section: Mapping[str, Any]) -> None:
+    """Agents by budgets, best first."""
+    title = f"streams: sink-free retention ({section['documents']} documents)"
+    agents = section["agents"]
+    table = _table(title, _budgets(agents), " tokens")
+    for agent in sorted(agents, key=lambda one: -_mean(agents[one])):
+        table.add_row(agent, *(_spread(figure, ".3f") for figure in agents[agent].values()))
+    console.print(table)
 
 
 def _accuracies(group: Mapping[str, Any]) -> None:

@@ -28,7 +28,7 @@ TABLES = ("full", "sink_free")
 """Over all tokens, and with the first 4 left out."""
 
 TIE = 1e-9
-"""Closures nearer than this are equal but for rounding."""
+"""Normalized scores nearer than this are equal but for rounding."""
 
 _NUMBERS = 4_000_000
 """Resampled numbers held at once."""
@@ -120,16 +120,16 @@ def summarise(measurements: Sequence[Measurement]) -> dict[str, Any]:
         "agents" and "comparison".
 
         Of every agent: "kind", "full" and "sink_free" (metric -> mean, low, high over documents),
-        "per_head" (closure of each head, both ways) and "curve" (both ways, retention at each
-        budget: lists of mean, low and high).
+        "per_head" (normalized score of each head, both ways) and "curve" (both ways, retention at
+        each budget: lists of mean, low and high).
 
         Of every agent that is no heuristic, where there is a heuristic to compare with, both ways:
         for each metric the "baseline" (the heuristic with the highest mean there, picked on these
         same documents, so in its own favour) and the paired "difference", "low" and "high";
-        "improvement", the probability that on a random document and head the agent's closure is
-        above that of closure's baseline (a tie counts half); and "heads", how many of them have a
-        closure above their own best heuristic's, and those "behind" it, worst first, as [layer,
-        head, heuristic, margin].
+        "improvement", the probability that on a random document and head the agent's normalized
+        score is above that of the metric's baseline (a tie counts half); and "heads", how many of
+        them have a normalized score above their own best heuristic's, and those "behind" it, worst
+        first, as [layer, head, heuristic, margin].
     """
     first = measurements[0]
     metrics = {m.agent: _by_document(m) for m in measurements}
@@ -159,8 +159,8 @@ def _own(m: Measurement, metrics: dict[str, np.ndarray]) -> dict[str, Any]:
         columns = np.stack(bounds(np.hstack([metrics[table].mean(axis=1), curve])))
         figures[table] = {metric: _named("mean", columns[:, k]) for k, metric in enumerate(METRICS)}
         curves[table] = _named("mean", columns[:, len(METRICS) :])
-    closure = METRICS.index("closure")
-    figures["per_head"] = {t: _plain(metrics[t][..., closure].mean(0)) for t in TABLES}
+    normalized_score = METRICS.index("normalized_score")
+    figures["per_head"] = {t: _plain(metrics[t][..., normalized_score].mean(0)) for t in TABLES}
     return {**figures, "curve": curves}
 
 
@@ -183,12 +183,12 @@ def _against(
     ours: np.ndarray, theirs: np.ndarray, rivals: Sequence[str], heads: Sequence[Head]
 ) -> dict[str, Any]:
     """One agent's (D, H, metrics) against the rivals' (R, D, H, metrics)."""
-    closure = METRICS.index("closure")
+    normalized_score = METRICS.index("normalized_score")
     best = theirs.mean(axis=(1, 2)).argmax(0)
     differences = np.stack(
         [(ours - theirs[row])[..., k].mean(1) for k, row in enumerate(best)], axis=1
     )
-    gain = ours[..., closure] - theirs[best[closure], ..., closure]
+    gain = ours[..., normalized_score] - theirs[best[normalized_score], ..., normalized_score]
     above = np.where(np.abs(gain) <= TIE, 0.5, gain > 0).mean(1)
     columns = np.stack(bounds(np.column_stack([differences, above])))
     result: dict[str, Any] = {
@@ -196,8 +196,8 @@ def _against(
         for k, metric in enumerate(METRICS)
     }
     result["improvement"] = _named("mean", columns[:, -1])
-    per_head = theirs[..., closure].mean(1)  # (R, H)
-    margins = ours[..., closure].mean(0) - per_head.max(0)
+    per_head = theirs[..., normalized_score].mean(1)  # (R, H)
+    margins = ours[..., normalized_score].mean(0) - per_head.max(0)
     result["heads"] = {
         "wins": int((margins > TIE).sum()),
         "of": len(heads),

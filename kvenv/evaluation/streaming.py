@@ -13,11 +13,11 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from kvenv.cache import EvictionCache
-from kvenv.cache.scoring import SERVED
 from kvenv.errors import KvenvError
-from kvenv.evaluation.cut import check_recorded
+from kvenv.evaluation.cut import Allocation, calibrations_of, check_recorded, row_name
 from kvenv.evaluation.perplexity import losses, perplexity, ratio
 from kvenv.scorers.base import Scorer
+from kvenv.scorers.calibration import Calibration
 from kvenv.trace import TraceSet
 
 ROWS = 32
@@ -25,7 +25,7 @@ ROWS = 32
 
 
 @dataclass(frozen=True)
-class Batch:
+class Feed:
     """Episodes that are fed together.
 
     Attributes:
@@ -51,8 +51,7 @@ class Batch:
 class Streaming:
     """Perplexity under eviction while decoding, at fixed budgets in tokens a head.
 
-    Agents whose scores need more than keys, values and positions cannot decode; they are left out
-    and named in the result.
+    Agents that need the future (utility) cannot decode; they are left out and named in the result.
 
     Args:
         model: the model that the sets were recorded from.
@@ -60,7 +59,10 @@ class Streaming:
         budgets: tokens a head.
         sinks: the first tokens, always kept.
         recent: the last tokens, always kept.
-        step: tokens of a text fed at a time; the cache is back at its budget after each.
+        step: tokens of a text fed at a time.
+        refresh: tokens between two selections; None leaves it to the cache.
+        allocations: how heads share the budget, each measured for every agent.
+        calibrations: agent -> what heads compete by; of those not named, the scorer's own.
 
     Raises:
         KvenvError: if no agent can decode, one lacks heads or is of another model, a budget cannot
@@ -76,6 +78,9 @@ class Streaming:
         sinks: int = 4,
         recent: int = 16,
         step: int = 1,
+        refresh: int | None = None,
+        allocations: Sequence[Allocation] = ("uniform",),
+        calibrations: Mapping[str, Calibration] | None = None,
     ) -> None:
         if not budgets:
             raise KvenvError("no token budgets given: give tokens a head such as 256")
@@ -84,26 +89,34 @@ class Streaming:
         self._model, self._step = model, step
         self._budgets = list(dict.fromkeys(budgets))
         self._sinks, self._recent = sinks, recent
-        unknown = {name: sorted(one.needs - SERVED) for name, one in scorers.items()}
-        self._scorers = {name: one for name, one in scorers.items() if not unknown[name]}
-        self._left_out = {name: f"needs {', '.join(it)}" for name, it in unknown.items() if it}
+        self._refresh = refresh
+        self._scorers = {n: one for n, one in scorers.items() if "utility" not in one.needs}
+        self._left_out = {n: "needs utility" for n in scorers if n not in self._scorers}
         if not self._scorers:
             raise KvenvError(
-                f"none of the agents {', '.join(scorers)} can decode: name one whose scores need "
-                f"keys, values, positions and {', '.join(sorted(SERVED))} alone"
+                f"none of the agents {', '.join(scorers)} can decode: name one that needs no "
+                "utility, which is known offline only"
             )
-        for name, scorer in self._scorers.items():
+        self._calibrations = dict(calibrations or {})
+        if set(allocations) - {"uniform"}:
+            self._calibrations = calibrations_of(self._scorers, calibrations)
+        self._rows: dict[str, tuple[str, Allocation]] = {
+            row_name(name, allocation): (name, allocation)
+            for allocation in dict.fromkeys(allocations)
+            for name in self._scorers
+        }
+        for row in self._rows:
             for budget in self._budgets:
                 try:
-                    self._cache(scorer, budget, 1, 1)
+                    self._cache(row, budget, 1, 1)
                 except KvenvError as error:
-                    raise KvenvError(f"agent {name} cannot decode: {error}") from error
+                    raise KvenvError(f"agent {row} cannot decode: {error}") from error
 
-    def passes(self, batches: Sequence[Batch]) -> int:
+    def passes(self, batches: Sequence[Feed]) -> int:
         """How often `run` will tick."""
-        return len(batches) * (1 + len(self._scorers) * len(self._budgets))
+        return len(batches) * (1 + len(self._rows) * len(self._budgets))
 
-    def texts(self, sets: Sequence[TraceSet], rows: int = ROWS) -> list[Batch]:
+    def texts(self, sets: Sequence[TraceSet], rows: int = ROWS) -> list[Feed]:
         """Whole episodes as texts, those of equal length together.
 
         Of each, the tokens after the first max(budgets) count: the same ones at every budget.
@@ -128,7 +141,7 @@ class Streaming:
         ]
         return [self._batch(group, (), most) for group in groups]
 
-    def conversations(self, sets: Sequence[TraceSet]) -> list[Batch]:
+    def conversations(self, sets: Sequence[TraceSet]) -> list[Feed]:
         """Recorded conversations, one by one; all tokens after the first turn count.
 
         Raises:
@@ -152,7 +165,7 @@ class Streaming:
 
     @torch.inference_mode()
     def run(
-        self, batches: Sequence[Batch], tick: Callable[[], None] | None = None
+        self, batches: Sequence[Feed], tick: Callable[[], None] | None = None
     ) -> dict[str, Any]:
         """Feed every batch to the full cache and to each agent's at each budget.
 
@@ -171,9 +184,9 @@ class Streaming:
             whole = DynamicCache(config=self._model.config)
             full += losses(self._model, whole, ids, first=first).mean(-1).tolist()
             done()
-            for name, scorer in self._scorers.items():
+            for name in self._rows:
                 for budget in self._budgets:
-                    cache = self._cache(scorer, budget, *ids.shape)
+                    cache = self._cache(name, budget, *ids.shape)
                     sizes = batch.sizes(budget, self._step)
                     fed = losses(self._model, cache, ids, sizes, first=first)
                     own[name, budget] += fed.mean(-1).tolist()
@@ -195,26 +208,30 @@ class Streaming:
             "full": perplexity(baseline, documents),
             "agents": {
                 name: {str(b): figures(np.array(own[name, b])) for b in self._budgets}
-                for name in self._scorers
+                for name in self._rows
             },
             "left_out": self._left_out,
         }
 
-    def _cache(self, scorer: Scorer, budget: int, rows: int, length: int) -> EvictionCache:
+    def _cache(self, row: str, budget: int, rows: int, length: int) -> EvictionCache:
+        name, allocation = self._rows[row]
         return EvictionCache(
             self._model,
-            scorer,
+            self._scorers[name],
             budget=budget,
             sinks=self._sinks,
             recent=self._recent,
+            refresh=self._refresh,
+            allocation=allocation,
+            calibration=self._calibrations.get(name),
             attention_mask=torch.ones(rows, length, dtype=torch.int64),
         )
 
     @staticmethod
-    def _batch(episodes: Sequence[tuple[TraceSet, int]], turns: Sequence[int], first: int) -> Batch:
+    def _batch(episodes: Sequence[tuple[TraceSet, int]], turns: Sequence[int], first: int) -> Feed:
         documents = [traces.info(index).document for traces, index in episodes]
         rows = [torch.from_numpy(traces.tokens(index)).long() for traces, index in episodes]
-        return Batch(documents, torch.stack(rows), turns, first)
+        return Feed(documents, torch.stack(rows), turns, first)
 
 
 def _check_turns(traces: TraceSet, index: int, turns: Sequence[int]) -> None:

@@ -9,10 +9,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvenv.errors import KvenvError
 from kvenv.evaluation.accuracy import Accuracy
-from kvenv.evaluation.cut import Cutter
+from kvenv.evaluation.cut import Allocation, Cutter
 from kvenv.evaluation.perplexity import Perplexity
-from kvenv.evaluation.streaming import Batch, Streaming
+from kvenv.evaluation.streaming import Feed, Streaming
 from kvenv.scorers.base import Scorer
+from kvenv.scorers.calibration import Calibration
 from kvenv.trace import TraceSet
 
 TASKS = ("perplexity", "accuracy", "streaming", "conversation")
@@ -34,6 +35,9 @@ def evaluate_tasks(
     sinks: int = 4,
     recent: int = 16,
     step: int = 1,
+    refresh: int | None = None,
+    allocations: Sequence[Allocation] = ("uniform",),
+    calibrations: Mapping[str, Calibration] | None = None,
     tick: Tick | None = None,
 ) -> dict[str, Any]:
     """Run the tasks asked for.
@@ -49,6 +53,9 @@ def evaluate_tasks(
         sinks: the first tokens, always kept.
         recent: the last tokens, always kept.
         step: tokens that streaming feeds at a time.
+        refresh: tokens between two selections of streaming and conversation.
+        allocations: how heads share the budget, each measured for every agent.
+        calibrations: agent -> what heads compete by; of those not named, the scorer's own.
         tick: follows the progress.
 
     Returns:
@@ -60,13 +67,17 @@ def evaluate_tasks(
     """
     if unknown := [task for task in tasks if task not in TASKS]:
         raise KvenvError(f"task {unknown[0]!r} is unknown: choose from {', '.join(TASKS)}")
+    shared: dict[str, Any] = {"allocations": allocations, "calibrations": calibrations}
     # Both are set up, and refused if they must be, before the first pass.
     jobs: list[_Job] = []
     if {"perplexity", "accuracy"} & set(tasks):
-        cutter = Cutter(model, sets, scorers, budgets=budgets, sinks=sinks, recent=recent)
+        cutter = Cutter(model, sets, scorers, budgets=budgets, sinks=sinks, recent=recent, **shared)
         jobs.append(_cut(cutter, tokenizer, tasks))
     if {"streaming", "conversation"} & set(tasks):
-        streaming = Streaming(model, scorers, token_budgets, sinks=sinks, recent=recent, step=step)
+        streaming = Streaming(
+            *(model, scorers, token_budgets),
+            **{"sinks": sinks, "recent": recent, "step": step, "refresh": refresh, **shared},
+        )
         jobs.append(_feed(streaming, sets, tasks, step))
     left = sum(passes for passes, _ in jobs)
 
@@ -116,7 +127,7 @@ def _cut(cutter: Cutter, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str
 
 def _feed(streaming: Streaming, sets: Sequence[TraceSet], tasks: Sequence[str], step: int) -> _Job:
     """Streaming and conversation: bounded caches that are fed bit by bit."""
-    batches: dict[str, list[Batch]] = {}
+    batches: dict[str, list[Feed]] = {}
     if "streaming" in tasks:
         batches["streaming"] = streaming.texts(sets)
     if "conversation" in tasks:

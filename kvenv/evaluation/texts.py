@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from kvenv import utility as ut
+from kvenv import rules as ut
 from kvenv.errors import KvenvError
 from kvenv.evaluation.retention import score_prompt, shared_heads
 from kvenv.identity import tokenizer_hash

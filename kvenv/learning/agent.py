@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
+from torch import Tensor
 from typing_extensions import Self
 
 from kvenv.learning.run import Run
-from kvenv.scorers.base import Head, Pointwise, Scorer
+from kvenv.scorers.base import Head, Scorer
 from kvenv.trace import TraceSet
 
 
@@ -41,13 +42,27 @@ class Agent(Protocol):
         ...
 
 
-class Heuristic(Pointwise):
+class Heuristic:
     """An agent that learns nothing and is its own scorer: a subclass writes `score` and is done.
 
-    A score that looks at other tokens too sets ``pointwise = False``.
+    One that looks at more than keys, values, positions and now names it in ``needs``.
     """
 
     trains = False
+    needs: frozenset[str] = frozenset()
+    heads: frozenset[Head] | None = None
+
+    def score(
+        self,
+        layer: int,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        now: Tensor,
+        **needs: Tensor,
+    ) -> Tensor:
+        """See `kvenv.scorers.base.Scorer.score`."""
+        raise NotImplementedError(f"{type(self).__name__} must define score()")
 
     def fit(
         self,

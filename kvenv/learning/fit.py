@@ -12,10 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvenv import utility as ut
+from kvenv import rules
 from kvenv.display import progress_bar
 from kvenv.errors import KvenvError
-from kvenv.learning.episodes import (
+from kvenv.learning.run import Run, load_checkpoint, save_checkpoint
+from kvenv.scorers.base import Head
+from kvenv.scorers.bundle import NetworkScorer
+from kvenv.scorers.calibration import Calibration, fit_calibration
+from kvenv.scorers.network import Architecture, PerHeadMLP
+from kvenv.trace import TraceSet, same_model
+from kvenv.trace.batches import (
     HeadBatch,
     Index,
     Reader,
@@ -24,12 +30,6 @@ from kvenv.learning.episodes import (
     hold_out,
     moments,
 )
-from kvenv.learning.run import Run, load_checkpoint, save_checkpoint
-from kvenv.scorers.base import Head
-from kvenv.scorers.bundle import NetworkScorer
-from kvenv.scorers.curves import average, emphasised
-from kvenv.scorers.network import Architecture, PerHeadMLP
-from kvenv.trace import TraceSet, same_model
 
 Objective = Callable[[torch.Tensor, torch.Tensor, torch.Generator, int], torch.Tensor]
 """(scores (H, n), utility (H, n), noise, step) -> gradient of the loss in the scores, (H, n)."""
@@ -96,13 +96,13 @@ def fit(
         run: checkpoints, logs, progress, held-out documents and the device.
 
     Returns:
-        The scorer, whose ``training["curve"]`` has the held-out figures by steps, and the seconds
-        of training until each, without those that measuring took; and whose retention `curves`
-        were measured on the held-out episodes, or on the others where there are none.
+        The scorer. Its ``training["curve"]`` has the held-out figures by steps, and the seconds of
+        training until each, without those that measuring took. Its `calibration` was fitted on the
+        held-out episodes, or on the training ones where nothing is held out.
 
     Raises:
-        KvenvError: on sets of different models, heads not recorded, or a checkpoint of another
-            run.
+        KvenvError: on sets of different models, heads not recorded, a layer whose rotation cannot
+            be stated, or a checkpoint of another run.
     """
     run = run or Run()
     device = torch.device(run.device)
@@ -128,7 +128,7 @@ def fit(
     read = Reader(traces, chosen, device)
     read_held = Reader(held_sets, chosen, device)
     if start == 0:
-        mean, square = moments(_features(e, architecture) for e in read.stream(episodes))
+        mean, square = moments(read_inputs(e, architecture) for e in read.stream(episodes))
         network.mean.copy_(mean)
         network.std.copy_(deviation(mean, square))
 
@@ -146,17 +146,17 @@ def fit(
             noise = torch.Generator(device).manual_seed(optimisation.seed * 1_000_003 + step)
             for _ in range(batch):
                 episode = next(data)
-                scores = _scores(network, architecture, episode)
+                scores = network(read_inputs(episode, architecture))
                 gradient = objective(scores.detach(), episode.utility, noise, step)
                 scores.backward(gradient.to(scores.dtype) / batch)
             optimiser.step()
             done = step + 1
             if held and (done % run.evaluate_every == 0 or done == steps):
                 seconds = _seconds(began, device)
-                measured = evaluate(network, architecture, read_held.stream(held))
-                closure, free = measured["closure"], measured["sink_free"]
+                measured = held_out_figures(network, architecture, read_held.stream(held))
+                normalized_score, free = measured["normalized_score"], measured["sink_free"]
                 curve.append({"step": done, "seconds": round(seconds, 4), **measured})
-                note = f"closure {closure:.3f} sink-free {free:.3f}"
+                note = f"normalized_score {normalized_score:.3f} sink-free {free:.3f}"
                 progress.update(bar, note=note)
                 if logger is not None:
                     for name, value in measured.items():
@@ -184,49 +184,50 @@ def fit(
         "curve": curve,
     }
     seen = read_held.stream(held) if held else read.stream(episodes)
-    with torch.no_grad():
-        kept = (emphasised(e.utility, _scores(network, architecture, e)) for e in seen)
-        curves = average(chosen, kept)
-    return NetworkScorer(network.cpu(), architecture, model, training, measured, curves=curves)
+    calibration = calibrate(network, architecture, seen)
+    network = network.cpu()
+    return NetworkScorer(network, architecture, model, training, measured, calibration=calibration)
 
 
-def evaluate(
+def read_inputs(episode: HeadBatch, architecture: Architecture) -> torch.Tensor:
+    """The networks' inputs (H, n, F), as the prompt's last token sees its tokens."""
+    return architecture.read(episode.framed(), episode.values)
+
+
+@torch.no_grad()
+def calibrate(
+    network: PerHeadMLP, architecture: Architecture, data: Iterator[HeadBatch]
+) -> Calibration:
+    """What attention the networks' scores stand for, fitted on episodes."""
+    scored = ((network(read_inputs(e, architecture)), e.utility, e.future) for e in data)
+    return fit_calibration(network.heads, scored)
+
+
+@torch.no_grad()
+def held_out_figures(
     network: PerHeadMLP, architecture: Architecture, data: Iterator[HeadBatch]
 ) -> dict[str, float]:
-    """Mean closure over episodes and heads, with and without the sinks."""
+    """Mean normalized score over episodes and heads, with and without the sinks."""
     full, free = [], []
-    with torch.no_grad():
-        for episode in data:
-            if episode.utility.shape[-1] <= ut.SINKS:
-                raise KvenvError(
-                    f"a held-out episode has {episode.utility.shape[-1]} prompt tokens: sink-free "
-                    f"figures need more than {ut.SINKS}, record longer prompts"
-                )
-            scores = _scores(network, architecture, episode)
-            full.append(ut.closure(episode.utility, scores).mean())
-            free.append(
-                ut.closure(ut.without_sinks(episode.utility), ut.without_sinks(scores)).mean()
+    for episode in data:
+        utility = episode.utility
+        if utility.shape[-1] <= rules.SINKS:
+            raise KvenvError(
+                f"a held-out episode has {utility.shape[-1]} prompt tokens: sink-free figures "
+                f"need more than {rules.SINKS}, record longer prompts"
             )
+        scores = network(read_inputs(episode, architecture))
+        full.append(rules.normalized_score(utility, scores).mean())
+        rest = rules.without_sinks(utility), rules.without_sinks(scores)
+        free.append(rules.normalized_score(*rest).mean())
     return {
-        "closure": float(torch.stack(full).mean()),
+        "normalized_score": float(torch.stack(full).mean()),
         "sink_free": float(torch.stack(free).mean()),
     }
 
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _features(episode: HeadBatch, architecture: Architecture) -> torch.Tensor:
-    return architecture.read(episode.keys, episode.values, episode.positions)
-
-
-def _scores(network: PerHeadMLP, architecture: Architecture, episode: HeadBatch) -> torch.Tensor:
-    """Scores (H, n) at the prompt's end, where a token's age counts from the last one."""
-    x = _features(episode, architecture)
-    if not architecture.age:
-        return network(x)
-    return network(x, episode.positions.shape[-1] - 1 - episode.positions)
 
 
 def _order(episodes: Sequence[Index], seed: int, start: int, stop: int) -> Iterator[Index]:

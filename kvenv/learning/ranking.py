@@ -10,11 +10,11 @@ import torch
 from kvenv.errors import KvenvError
 from kvenv.learning.fit import Optimisation, fit
 from kvenv.learning.run import Run
+from kvenv.rules import emphasise
 from kvenv.scorers.base import Head
 from kvenv.scorers.bundle import NetworkScorer
-from kvenv.scorers.network import Architecture, Feature
+from kvenv.scorers.network import Architecture, Input
 from kvenv.trace import TraceSet
-from kvenv.utility import emphasise
 
 
 @dataclass(kw_only=True)
@@ -29,8 +29,7 @@ class RankingAgent:
         weight_decay: AdamW's weight decay.
         batch: episodes a step.
         hidden: widths of the hidden layers.
-        features: what of a token the agent sees.
-        age: learn a function of the token's age too, which a cache adds at decision time.
+        inputs: what of a token the agent sees: its key in the frame of now, its value, or both.
         seed: of initial weights, episode order and the learning signal's noise.
     """
 
@@ -39,9 +38,8 @@ class RankingAgent:
     lr: float = 8e-3
     weight_decay: float = 0.1
     batch: int = 1
-    hidden: list[int] = field(default_factory=lambda: [128, 128])
-    features: list[Feature] = field(default_factory=lambda: ["key", "value"])
-    age: bool = False
+    hidden: list[int] = field(default_factory=lambda: [64, 64])
+    inputs: list[Input] = field(default_factory=lambda: ["key", "value"])
     seed: int = 0
 
     trains = True
@@ -84,7 +82,7 @@ class RankingAgent:
             objective=objective,
             traces=traces,
             heads=heads,
-            architecture=Architecture(tuple(self.features), tuple(self.hidden), age=self.age),
+            architecture=Architecture(tuple(self.inputs), tuple(self.hidden)),
             optimisation=Optimisation(
                 self.steps, self.lr, self.weight_decay, self.batch, self.seed
             ),

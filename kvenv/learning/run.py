@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
+from kvenv import files
 from kvenv.errors import KvenvError
 from kvenv.trace import TraceSet
 
 if TYPE_CHECKING:
     from stable_baselines3.common.logger import Logger
 
-STATE, TENSORS = "checkpoint.json", "tensors.safetensors"
+STATE = "checkpoint.json"
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Run:
         checkpoint_every: steps between checkpoints.
         resume: go on from the checkpoint.
         validation: held-out trace sets; empty holds out a tenth of the training documents.
-        evaluate_every: steps between measurements of held-out closure.
+        evaluate_every: steps between measurements of held-out normalized score.
         tensorboard: folder for TensorBoard logs; None writes none.
         progress: show a progress bar.
         device: what agents that train networks of their own compute on; stable-baselines3's
@@ -81,18 +80,12 @@ def save_checkpoint(
     Raises:
         KvenvError: if it cannot be written; the previous checkpoint is still there.
     """
+    # The state names its tensors' file, so that the two never mix: one rename decides.
+    name = f"step-{state['step']:08d}.safetensors"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
-        try:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, scratch / TENSORS)
-            # The state names its tensors' file, so that the two never mix: one rename decides.
-            name = f"step-{state['step']:08d}.safetensors"
-            (scratch / TENSORS).rename(folder / name)
-            (scratch / STATE).write_text(json.dumps({**state, "tensors": name}), encoding="utf-8")
-            (scratch / STATE).replace(folder / STATE)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        files.replace(folder / name, save({k: v.contiguous() for k, v in tensors.items()}))
+        files.replace(folder / STATE, json.dumps({**state, "tensors": name}).encode())
         for old in folder.glob("step-*.safetensors"):
             if old.name != name:
                 old.unlink()

@@ -25,7 +25,8 @@ from transformers.masking_utils import sdpa_mask
 from kvenv.errors import KvenvError
 from kvenv.identity import full_attention_layers
 from kvenv.recording.offload import HALF, Offload, too_large
-from kvenv.recording.query_stats import QueryStats
+from kvenv.scorers.base import RECENT_QUERIES
+from kvenv.scorers.query_stats import QueryStats
 
 NAME = "kvenv_capture"
 BLOCK = 128
@@ -45,7 +46,7 @@ class Capture:
         keys, values: layer -> (H_kv, S, d) float16 on the CPU.
         queries: layer -> (H_q, Q, d) float16 on the CPU, scaled so that the attention logits are
             q . k / sqrt(d) whatever the model's own factor is.
-        utility_sum, utility_max, past_sum: layer -> (H_kv, n) float32 on the CPU.
+        utility_sum, utility_max, past_sum, past_window: layer -> (H_kv, n) float32 on the CPU.
         stats: measures the prompt's queries, if that is wanted.
         query_mean, query_cov: layer -> (H_q, d) and (H_q, d, d) float32 on the CPU, scaled as the
             queries are; empty without ``stats``.
@@ -62,6 +63,7 @@ class Capture:
     utility_sum: dict[int, np.ndarray] = field(default_factory=dict)
     utility_max: dict[int, np.ndarray] = field(default_factory=dict)
     past_sum: dict[int, np.ndarray] = field(default_factory=dict)
+    past_window: dict[int, np.ndarray] = field(default_factory=dict)
     stats: QueryStats | None = None
     query_mean: dict[int, np.ndarray] = field(default_factory=dict)
     query_cov: dict[int, np.ndarray] = field(default_factory=dict)
@@ -99,12 +101,12 @@ def blockwise_attention(
     n: int,
     scaling: float,
     block: int = BLOCK,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Causal attention with grouped queries, and what each prompt token received.
 
     With p[g, t, i] the softmax weight that query t of query head g gives token i:
-    past[i] = sum of p over g and t < n; utility_sum[i] and utility_max[i] are the sum and the
-    largest of p over g and t >= n.
+    past_sum[i] = sum of p over g and t < n, past_window[i] that over n - 32 <= t < n;
+    utility_sum[i] and utility_max[i] are the sum and the largest of p over g and t >= n.
 
     Args:
         query: (H_q, S, d); query heads of one KV head are adjacent.
@@ -115,13 +117,16 @@ def blockwise_attention(
         block: queries held at once; memory is O(block * S) for each query head of a group.
 
     Returns:
-        output (S, H_q, d) in the input's dtype; past, utility_sum, utility_max (H_kv, n) float32.
+        output (S, H_q, d) in the input's dtype; by name past_sum, past_window, utility_sum and
+        utility_max, (H_kv, n) float32 each.
     """
     heads, length, d = key.shape
     group = query.shape[0] // heads
     output = query.new_empty(length, heads * group, d)
-    past, total, largest = (torch.zeros(heads, n, device=key.device) for _ in range(3))
-    starts = sorted({*range(0, n, block), *range(n, length, block)})  # no block straddles n
+    past, window, total, largest = (torch.zeros(heads, n, device=key.device) for _ in range(4))
+    recent = max(0, n - RECENT_QUERIES)
+    # No block straddles the window's beginning or n.
+    starts = sorted({*range(0, n, block), recent, *range(n, length, block)})
     later = torch.full((block, block), -torch.inf, device=key.device).triu_(1)
     ones = torch.ones(group * block, device=key.device)
     # One block's attention at a time, always in the same memory: fresh pages cost time.
@@ -138,11 +143,13 @@ def blockwise_attention(
         output[start:end, mine] = mixed.view(group, rows, d).transpose(0, 1)
         seen = weights[:, :n].t()
         if start < n:
-            past[head, :end].addmv_(seen, ones[: group * rows])
+            into = past if start < recent else window
+            into[head, :end].addmv_(seen, ones[: group * rows])
         else:
             total[head].addmv_(seen, ones[: group * rows])
             torch.maximum(largest[head], seen.amax(1), out=largest[head])
-    return output, past, total, largest
+    found = {"past_sum": past.add_(window), "past_window": window}
+    return output, {**found, "utility_sum": total, "utility_max": largest}
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
@@ -155,16 +162,21 @@ def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
 
 def flash_columns(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, n: int, scaling: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """`blockwise_attention` by torch's fused attention and the column kernel, in O(S) memory."""
     # Here, since Triton is not everywhere.
     from kvenv.cache.kernels.columns import column_sums, columns
     from kvenv.cache.kernels.flash import flash
 
     output, lse = flash(query, key, value, scaling)
-    past = column_sums(query[:, :n], key, lse[:, :n], 0, n, scaling)
+    recent = max(0, n - RECENT_QUERIES)
+    window = column_sums(query[:, recent:n], key, lse[:, recent:n], recent, n, scaling)
+    past = window
+    if recent:
+        past = window + column_sums(query[:, :recent], key, lse[:, :recent], 0, n, scaling)
     total, largest = columns(query[:, n:], key, lse[:, n:], n, n, scaling)
-    return output.transpose(0, 1), past, total, largest
+    found = {"past_sum": past, "past_window": window, "utility_sum": total, "utility_max": largest}
+    return output.transpose(0, 1), found
 
 
 def fused(query: torch.Tensor) -> bool:
@@ -198,15 +210,13 @@ def _attention(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     kept = kvenv_capture
     attend = flash_columns if fused(query) else blockwise_attention
-    output, past, total, largest = attend(query[0], key[0], value[0], kept.n, scale)
+    output, columns = attend(query[0], key[0], value[0], kept.n, scale)
     factor = scale * query.shape[-1] ** 0.5
     found = {
         "keys": key[0],
         "values": value[0],
         "queries": query[0, :, kept.query_from :] * factor,
-        "past_sum": past,
-        "utility_sum": total,
-        "utility_max": largest,
+        **columns,
     }
     if kept.stats is not None:
         mean, covariance = kept.stats.measure(module, layer, query[0])

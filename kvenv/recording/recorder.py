@@ -17,10 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Self
 
 import kvenv
-from kvenv import identity
+from kvenv import identity, models
 from kvenv.display import progress_bar
 from kvenv.errors import KvenvError
-from kvenv.recording import models
 from kvenv.recording.capture import capture
 from kvenv.recording.workload import Sample, Workload
 from kvenv.trace import EpisodeArrays, Manifest, TraceSet, TraceWriter
@@ -91,7 +90,13 @@ def record(
             f"episodes of {prompt_tokens} + {future_tokens} tokens exceed the {limit}-token context"
             f" of {model.config._name_or_path}: shorten --prompt-tokens"
         )
-    info = identity.describe(model, tokenizer, None if layers is None else list(layers))
+    # Rotations are proved on the model anew at every start; resuming compares them.
+    info = identity.describe(
+        model,
+        tokenizer,
+        None if layers is None else list(layers),
+        length=prompt_tokens + future_tokens,
+    )
     manifest = Manifest(
         model=info,
         workload=name or type(workload).__name__.lower(),
@@ -212,6 +217,7 @@ def episode(
         utility_sum=kept.stack("utility_sum"),
         utility_max=kept.stack("utility_max"),
         past_sum=kept.stack("past_sum"),
+        past_window=kept.stack("past_window"),
         n=n,
         T=len(sample.future),
         document=sample.document,
@@ -232,7 +238,7 @@ def continued(
     index: int,
 ) -> Sample:
     """The sample with the model's own continuation as its future; a stop token ends it early."""
-    future = models.generate(
+    future = models.continue_text(
         model,
         tokenizer,
         torch.tensor([sample.prompt]),

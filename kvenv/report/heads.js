@@ -1,4 +1,4 @@
-// The heat map: one cell a head, coloured by closure or by the lead over its best heuristic.
+// The heat map: one cell a head, coloured by normalized score or by the lead over its best heuristic.
 
 const VIRIDIS = [[68, 1, 84], [65, 68, 135], [42, 120, 142], [34, 168, 132], [122, 209, 81], [253, 231, 37]];
 const DIVERGING = [[166, 62, 5], [232, 151, 90], [245, 245, 243], [98, 163, 208], [6, 86, 150]];
@@ -13,7 +13,7 @@ function shade(ramp, place) {
 }
 
 function heat(root, data, state) {
-  const agents = data.agents.filter((agent) => Object.keys(agent.closure).length);
+  const agents = data.agents.filter((agent) => Object.keys(agent.normalized_score).length);
   const map = one(".map", root), tip = one(".tip", root), agentBox = one(".agent", root), shownBox = one(".shown", root);
   const distinct = (axis) => [...new Set(data.heads.map((head) => head[axis]))].sort((a, b) => a - b);
   const layers = distinct(0), heads = distinct(1), rivals = agents.filter((agent) => agent.kind === "heuristic");
@@ -25,12 +25,12 @@ function heat(root, data, state) {
 
   // What is shown of a head, and the words that say it.
   function measure(agent, index, difference) {
-    const closure = (one) => one.closure[state.view]?.[index];
-    const known = rivals.filter((rival) => rival !== agent && present(closure(rival)));
-    const best = known.sort((a, b) => closure(b) - closure(a))[0], own = closure(agent);
-    const lead = best && present(own) ? own - closure(best) : null;
+    const normalized_score = (one) => one.normalized_score[state.view]?.[index];
+    const known = rivals.filter((rival) => rival !== agent && present(normalized_score(rival)));
+    const best = known.sort((a, b) => normalized_score(b) - normalized_score(a))[0], own = normalized_score(agent);
+    const lead = best && present(own) ? own - normalized_score(best) : null;
     const [layer, head] = data.heads[index], words = [`layer ${layer}, head ${head}`, `${agent.name} ${fixed(own)}`];
-    if (best) words.push(`best heuristic ${best.name} ${fixed(closure(best))}`);
+    if (best) words.push(`best heuristic ${best.name} ${fixed(normalized_score(best))}`);
     if (lead !== null) words.push(`difference ${signed(lead)}`);
     return { index, layer, head, words, value: difference ? lead : own };
   }
@@ -45,7 +45,7 @@ function heat(root, data, state) {
     const [across, down] = upright ? [heads, layers] : [layers, heads];
     const w = clamp(width / across.length, 14, upright ? 64 : 46), h = upright ? 20 : clamp(w, 22, 34);
     canvas(chart, 60 + w * across.length, 25 + h * down.length);
-    set(chart, { "aria-label": `${difference ? "Difference to the best heuristic" : "Closure"} of ${agent.name} by layer and head` });
+    set(chart, { "aria-label": `${difference ? "Difference to the best heuristic" : "Normalized score"} of ${agent.name} by layer and head` });
     svg(chart, "text", { x: 50, y: 14, "text-anchor": "end" }, upright ? "head" : "layer");
     across.forEach((name, i) => {
       if (i % Math.ceil(24 / w) === 0) svg(chart, "text", { x: 56 + w * (i + 0.5), y: 14, "text-anchor": "middle" }, name);

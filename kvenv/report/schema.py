@@ -18,7 +18,7 @@ HEURISTICS_1 = ("random", "streaming", "knorm", "keydiff")
 
 KINDS = ("learned", "oracle", "heuristic")
 VIEWS = ("full", "sink_free")
-TASKS = ("accuracy", "perplexity", "streaming", "conversation")
+TASKS = ("accuracy", "perplexity", "streaming", "conversation", "streams")
 SECTIONS = ("agents", "comparison", "texts", *TASKS)
 
 
@@ -183,8 +183,8 @@ def _agents(root: Field, heads: int) -> None:
             if metrics := agent.get(view):
                 for _, metric in metrics.fields():
                     metric.interval()
-            closures = per_head.get(view) if (per_head := agent.get("per_head")) else None
-            for number in closures.items(heads) if closures else []:
+            normalized_scores = per_head.get(view) if (per_head := agent.get("per_head")) else None
+            for number in normalized_scores.items(heads) if normalized_scores else []:
                 number.number()
             if (curves := agent.get("curve")) and (curve := curves.get(view)):
                 for key in ("mean", "low", "high"):
@@ -238,7 +238,7 @@ def _task(task: Field) -> None:
         for _, why in left_out.fields():
             why.text()
     groups = task.get("groups")
-    for group in groups.items() if groups else [task]:
+    for group in (groups.items() if groups else []) or [task]:
         if full := group.get("full"):
             full.interval()
         for _, agent in group.need("agents").fields():

@@ -20,15 +20,19 @@ from kvenv.report.schema import VIEWS
 
 KIND_ORDER = {"learned": 0, "oracle": 1, "heuristic": 2}
 QUANTITIES = {"versus_full": "above the full cache", "versus_oracle": "above the oracle ranking"}
-MEASURES = {"streaming": "perplexity", "conversation": "perplexity"}
+MEASURES = {
+    "streaming": "perplexity",
+    "conversation": "perplexity",
+    "streams": "sink-free retention",
+}
 
 
 def ordered(agents: Mapping[str, Figures]) -> list[str]:
-    """Agents as they are listed: learned, oracle, heuristics; each by sink-free closure."""
+    """Agents as they are listed: learned, oracle, heuristics; each by its sink-free score."""
 
     def key(name: str) -> tuple[int, float]:
-        closure = (agents[name].get("sink_free") or {}).get("closure") or {}
-        return KIND_ORDER[agents[name]["kind"]], -(closure.get("mean") or 0.0)
+        normalized_score = (agents[name].get("sink_free") or {}).get("normalized_score") or {}
+        return KIND_ORDER[agents[name]["kind"]], -(normalized_score.get("mean") or 0.0)
 
     return sorted(agents, key=key)
 
@@ -93,7 +97,7 @@ def curve_tables(agents: Mapping[str, Figures], budgets: Sequence[float]) -> lis
 
 
 def head_tables(agents: Mapping[str, Figures], heads: Sequence[Sequence[int]]) -> list[Table]:
-    """The closure of every head: heads by agents, one table a view."""
+    """The normalized score of every head: heads by agents, one table a view."""
     tables = []
     for view in _views(agents, "per_head"):
         names = [n for n in ordered(agents) if (agents[n].get("per_head") or {}).get(view)]
@@ -102,7 +106,7 @@ def head_tables(agents: Mapping[str, Figures], heads: Sequence[Sequence[int]]) -
             values = [agents[name]["per_head"][view][i] for name in names]
             cells = [Cell(number(value), number=value) for value in values]
             rows.append(Row(f"layer {layer}, head {head}", cells))
-        tables.append(Table("Closure of each head", "head", names, rows, view))
+        tables.append(Table("Normalized score of each head", "head", names, rows, view))
     return tables
 
 
@@ -179,7 +183,8 @@ def _task_rows(
     full: Any,
 ) -> list[Row]:
     percent = key in QUANTITIES
-    sign = 1 if task == "accuracy" else -1
+    digits = 1 if percent else 3 if task == "streams" else 2
+    sign = 1 if task in ("accuracy", "streams") else -1
     found = {
         name: [_part(entry.get(budget), key) for budget in budgets]
         for name, entry in entries.items()
@@ -196,7 +201,7 @@ def _task_rows(
         if any(found[name]):
             cells = []
             for interval, winner in zip(found[name], best, strict=True):
-                cell = figure(interval, 1 if percent else 2, percent=percent)
+                cell = figure(interval, digits, percent=percent)
                 cells.append(Cell(cell.text, cell.interval, cell.number, winner == name))
             rows.append(Row(name, cells, (agents.get(name) or {}).get("kind", "")))
     return rows

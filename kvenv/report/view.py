@@ -16,6 +16,7 @@ TASK_TITLES = {
     "perplexity": "Perplexity of what follows",
     "streaming": "Eviction while decoding",
     "conversation": "Conversations of many turns",
+    "streams": "Attention found in streams",
 }
 
 
@@ -127,7 +128,7 @@ def view(result: Figures, index: int, name: str) -> View:
                     "name": n,
                     "kind": agents[n]["kind"],
                     "curve": agents[n].get("curve") or {},
-                    "closure": agents[n].get("per_head") or {},
+                    "normalized_score": agents[n].get("per_head") or {},
                 }
                 for n in names
             ],
@@ -229,16 +230,18 @@ def _tiles(
         best: dict[str, str] = {}
         for kind, label in (("learned", "Best learned agent"), ("heuristic", "Best heuristic")):
             found = {
-                n: closure
+                n: normalized_score
                 for n, agent in agents.items()
                 if agent["kind"] == kind
-                and (closure := (agent.get(v) or {}).get("closure"))
-                and closure["mean"] is not None
+                and (normalized_score := (agent.get(v) or {}).get("normalized_score"))
+                and normalized_score["mean"] is not None
             }
             if found:
                 best[kind] = max(found, key=lambda n: found[n]["mean"])
                 cell = figure(found[best[kind]])
-                note = f"{best[kind]}, closure" + (f" ({cell.interval})" if cell.interval else "")
+                note = f"{best[kind]}, normalized score" + (
+                    f" ({cell.interval})" if cell.interval else ""
+                )
                 tiles.append(Tile(label, cell.text, note, v))
         against = (comparison.get(best.get("learned", "")) or {}).get(v) or {}
         if won := against.get("heads"):

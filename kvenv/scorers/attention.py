@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvenv.scorers.base import RECENT_QUERIES
+
 
 def window_attention(
     queries: Tensor, keys: Tensor, positions: Tensor, window: int
@@ -32,3 +34,18 @@ def window_attention(
     later = positions.unsqueeze(2) > asked_at.unsqueeze(3)
     weights = logits.masked_fill(later.unsqueeze(2), -torch.inf).softmax(-1)
     return weights, positions >= asked_at[..., :1]
+
+
+def recent_attention(queries: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
+    """The attention of the last `RECENT_QUERIES` queries, summed over them and the group.
+
+    Args:
+        queries: (B, Hq, Q, d), the last ones, scaled so that logits are q . k / sqrt(d).
+        keys: (B, H, n, d).
+        positions: (B, H, n) int64.
+
+    Returns:
+        (B, H, n) float32.
+    """
+    weights, _ = window_attention(queries, keys, positions, RECENT_QUERIES)
+    return weights.sum((2, 3))

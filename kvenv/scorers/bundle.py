@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,17 @@ import torch
 from kvenv import identity
 from kvenv.errors import KvenvError
 from kvenv.scorers import storage
-from kvenv.scorers.base import Head, Pointwise
-from kvenv.scorers.curves import Curves
-from kvenv.scorers.network import Architecture, PerHeadMLP, age_term
+from kvenv.scorers.base import Head
+from kvenv.scorers.calibration import Calibration
+from kvenv.scorers.network import Architecture, PerHeadMLP
 from kvenv.scorers.storage import is_bundle
 from kvenv.trace import ModelInfo
 from kvenv.trace.schema import to_json
 
 
 @dataclass(repr=False)
-class NetworkScorer(Pointwise):
-    """A learned `Scorer`: one network per head, for one model.
+class NetworkScorer:
+    """A learned `Scorer`: one network per head, for one model, seeing keys as they look from now.
 
     Attributes:
         network: the per-head networks.
@@ -32,12 +32,11 @@ class NetworkScorer(Pointwise):
         training: provenance: agent, its options, trace sets, steps, seconds.
         metrics: what it reached on held-out documents.
         card: its model card (see `kvenv.scorers.card`), saved and loaded as README.md.
-        curves: the retention that budgets gave its heads on held-out documents, for dividing a
-            budget among them (`kvenv.cache.allocation`).
+        calibration: what attention its scores stand for, fitted on held-out documents: heads
+            compete by it for one budget (`kvenv.cache`).
 
     Raises:
-        KvenvError: if the networks are not of the architecture, their heads not the model's, or
-            the curves of other heads.
+        KvenvError: if the heads are not the model's, or a layer's rotation cannot be stated.
     """
 
     network: PerHeadMLP
@@ -46,57 +45,46 @@ class NetworkScorer(Pointwise):
     training: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     card: str | None = None
-    curves: Curves | None = None
+    calibration: Calibration | None = None
+
+    needs = frozenset[str]()
 
     def __post_init__(self) -> None:
-        if (self.network.age is not None) != self.architecture.age:
-            raise KvenvError(
-                f"the architecture says age={self.architecture.age} and the networks differ: build "
-                "them with Architecture.build"
-            )
         _check_heads(self.network.heads, self.model)
-        if self.curves is not None and not {*self.curves.heads} <= {*self.network.heads}:
-            odd = sorted({*self.curves.heads} - {*self.network.heads})
-            raise KvenvError(
-                f"retention curves are of heads {odd} that the agent does not have: measure them "
-                "again with `kvenv curves`"
-            )
         self.network.requires_grad_(False).eval()
         self.heads: frozenset[Head] | None = frozenset(self.network.heads)
-        self.pointwise = self.architecture.pointwise
-        self.age_term = self._age_term if self.architecture.age else None
+        for layer in {layer for layer, _ in self.network.heads}:
+            self.model.rotation(layer)
         self._layers: dict[tuple[int, torch.device], _Layer] = {}
 
     def __repr__(self) -> str:
         agent = self.training.get("agent", "?")
         return f"NetworkScorer({agent}, {self.model.id}, {len(self.network.heads)} heads)"
 
+    @torch.no_grad()
     def score(
         self,
         layer: int,
         keys: torch.Tensor,
         values: torch.Tensor,
         positions: torch.Tensor,
+        now: torch.Tensor,
         **needs: torch.Tensor,
     ) -> torch.Tensor:
-        """Scores (B, H, n) float32 of a layer's tokens; see `kvenv.scorers.base.Scorer.score`.
-
-        What it learned of a token's age is not in them: that changes, and is `age_term`'s.
-        """
-        batch, _, n, _ = keys.shape
+        """Scores (B, H, n) float32 of a layer's tokens; see `kvenv.scorers.base.Scorer.score`."""
+        batch, heads, n, d = keys.shape
         own = self._layer(layer, keys.device)
         if own is None:
             return keys.new_full(keys.shape[:3], torch.nan, dtype=torch.float32)
-        x = self.architecture.read(*(own.take(part) for part in (keys, values, positions)))
+        if d != self.model.head_dim:
+            raise KvenvError(
+                f"keys of layer {layer} have {d} channels and {self!r} was trained on "
+                f"{self.model.head_dim}: use it with {self.model.id}"
+            )
+        framed = self.model.rotation(layer).frame(own.take(keys), now)
+        x = self.architecture.read(framed, own.take(values))
         scores = own.network(x.transpose(0, 1).reshape(len(own.rows), batch * n, -1))
-        return own.spread(scores.view(-1, batch, n).transpose(0, 1), keys.shape[1], torch.nan)
-
-    def _age_term(self, layer: int, age: torch.Tensor) -> torch.Tensor:
-        """What the heads learned of ages (B, H, n), float32; 0 for heads that it does not know."""
-        own = self._layer(layer, age.device)
-        if own is None or own.network.age is None:
-            return age.new_zeros(age.shape, dtype=torch.float32)
-        return own.spread(age_term(own.network.age, own.take(age)), age.shape[1], 0.0)
+        return own.spread(scores.view(-1, batch, n).transpose(0, 1), heads)
 
     def _layer(self, layer: int, device: torch.device) -> _Layer | None:
         """The networks of one layer on a device, if there are any."""
@@ -150,7 +138,7 @@ class NetworkScorer(Pointwise):
             )
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write the bundle, whole or not at all; an existing one is replaced, card and curves too.
+        """Write the bundle, whole or not at all; an existing one is replaced, card too.
 
         Args:
             folder: where.
@@ -166,9 +154,9 @@ class NetworkScorer(Pointwise):
             raise KvenvError(f"{str(folder)!r} exists and is not a bundle: choose another --out")
         config = {
             "format": storage.FORMAT,
-            "version": storage.version_for(self.architecture),
+            "version": storage.VERSION,
             "architecture": asdict(self.architecture),
-            "model": asdict(self.model),
+            "model": self.model.to_json(),
             "heads": self.network.heads,
             "training": dict(self.training),
             "metrics": dict(self.metrics),
@@ -177,10 +165,12 @@ class NetworkScorer(Pointwise):
             for key, value in config[part].items():
                 to_json({key: value}, f"{part} {key!r} of a scorer")
         state = storage.stored(self.network, dtype)
-        storage.write_bundle(folder, config, state, self.card, self.curves)
+        if self.calibration is not None:
+            state |= self.calibration.tensors()
+        storage.write_bundle(folder, config, state, self.card)
 
     def push_to_hub(self, repo_id: str, dtype: torch.dtype = torch.float32, **kwargs: Any) -> str:
-        """Upload the bundle, card and curves included, to the Hugging Face hub.
+        """Upload the bundle, card included, to the Hugging Face hub.
 
         Args:
             repo_id: "user/name"; created if it does not exist.
@@ -216,24 +206,24 @@ class NetworkScorer(Pointwise):
         path = folder / storage.CONFIG
         try:
             shape = config["architecture"]
-            budget = shape.get("budget")
+            if unknown := sorted(set(shape) - {one.name for one in fields(Architecture)}):
+                raise KvenvError(f"{path} has an architecture with {unknown}: update kvenv")
             architecture = Architecture(
-                features=tuple(shape["features"]),
+                inputs=tuple(shape["inputs"]),
                 hidden=tuple(int(width) for width in shape["hidden"]),
-                activation=shape.get("activation", "gelu"),
-                budget=None if budget is None else int(budget),
-                age=shape.get("age", False),
+                activation=shape["activation"],
             )
-            info = ModelInfo(**{**config["model"], "layers": tuple(config["model"]["layers"])})
+            info = ModelInfo.from_json(config["model"])
             heads = [(int(layer), int(head)) for layer, head in config["heads"]]
             _check_heads(heads, info)
-        except (KeyError, TypeError, ValueError) as error:
+            with torch.device("meta"):  # no memory before the sizes are found in the weights' file
+                network = architecture.build(heads, info.head_dim)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise KvenvError(f"{path} is damaged ({error!r}): export the agent again") from error
-        network = architecture.build(heads, info.head_dim)
-        storage.read_weights(network, folder / storage.WEIGHTS)
+        calibration = storage.read_weights(network, folder / storage.WEIGHTS)
         training, metrics = config.get("training", {}), config.get("metrics", {})
-        beside = storage.read_card(folder), storage.read_curves(folder)
-        scorer = cls(network, architecture, info, training, metrics, *beside)
+        card = storage.read_card(folder)
+        scorer = cls(network, architecture, info, training, metrics, card, calibration)
         if model is not None:
             scorer.check_model(model)
         return scorer
@@ -255,11 +245,11 @@ class _Layer:
         """Of states (B, H, ...) the rows that have a network, (B, R, ...)."""
         return states if self._whole(states.shape[1]) else states.index_select(1, self.rows)
 
-    def spread(self, scores: torch.Tensor, heads: int, fill: float) -> torch.Tensor:
-        """Numbers (B, R, n) among ``fill`` for the other heads, (B, H, n)."""
+    def spread(self, scores: torch.Tensor, heads: int) -> torch.Tensor:
+        """Scores (B, R, n) among NaN for the other heads, (B, H, n)."""
         if self._whole(heads):
             return scores.contiguous()
-        whole = scores.new_full((scores.shape[0], heads, scores.shape[2]), fill)
+        whole = scores.new_full((scores.shape[0], heads, scores.shape[2]), torch.nan)
         return whole.index_copy_(1, self.rows, scores)
 
     def _whole(self, heads: int) -> bool:

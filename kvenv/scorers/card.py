@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvenv import files
 from kvenv.display import RESULT_COLUMNS
 from kvenv.errors import KvenvError
 from kvenv.scorers.bundle import NetworkScorer
-from kvenv.scorers.storage import CARD, write_beside
+from kvenv.scorers.storage import CARD
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -81,7 +82,8 @@ def card(
         loaded_as=scorer.model.id if scorer.model.id in HUB_IDS else model,
         scorer=scorer,
         shape=scorer.architecture,
-        features=_listed(part.replace("_", " ") for part in scorer.architecture.features),
+        features=_listed(part.replace("_", " ") for part in scorer.architecture.inputs),
+        calibration=_calibration(scorer),
         parameters=sum(weight.numel() for weight in scorer.network.parameters()),
         layers=_ranges({layer for layer, _ in scorer.network.heads}),
         partial=len(scorer.network.heads) < len(scorer.model.heads),
@@ -93,6 +95,17 @@ def card(
         limits=list(limits),
     )
     return str(text).rstrip() + "\n"
+
+
+def _calibration(scorer: NetworkScorer) -> str | None:
+    """What a card says of the scorer's calibration, if it has one."""
+    if (own := scorer.calibration) is None:
+        return None
+    low, high = float(own.masses.min()), float(own.masses.max())
+    return (
+        f"{len(own.heads)} heads, fitted on held-out documents: scores stand for an attention mass "
+        f"of {low:.2g} to {high:.2g}"
+    )
 
 
 def write_card(
@@ -121,7 +134,7 @@ def write_card(
     folder = Path(folder)
     scorer = NetworkScorer.from_pretrained(folder)
     text = card(scorer, results, name or folder.resolve().name, command, **options)
-    write_beside(folder, CARD, text)
+    files.write(folder / CARD, text)
     return folder / CARD
 
 
@@ -134,7 +147,7 @@ class _Evaluation:
         self.comparison: Results = results.get("comparison", {}).get(agent, {})
 
     def figures(self) -> list[EvalResult]:
-        """Closure and retention for the hub's index, with their intervals as arguments."""
+        """Normalized score and retention for the hub's index, with their intervals as arguments."""
         from huggingface_hub import EvalResult
 
         workload = "+".join(dict.fromkeys(map(_workload, self.results["traces"])))
@@ -164,7 +177,7 @@ class _Evaluation:
     def table(self, kind: str) -> str:
         """Every agent's figures, the best first."""
         agents: Results = self.results["agents"]
-        order = sorted(agents, key=lambda one: -agents[one][kind]["closure"]["mean"])
+        order = sorted(agents, key=lambda one: -agents[one][kind]["normalized_score"]["mean"])
         rows = []
         for one in order:
             cells = [_interval(agents[one][kind][metric]) for metric in COLUMNS]

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +11,19 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from kvenv import files
 from kvenv.errors import KvenvError
 from kvenv.scorers.base import Head
-from kvenv.scorers.curves import Curves, dump
-from kvenv.scorers.network import Architecture, PerHeadMLP
+from kvenv.scorers.calibration import Calibration
+from kvenv.scorers.network import PerHeadMLP
 
-FORMAT, VERSIONS = "kvenv-scorer", (1, 2)
+FORMAT, VERSION = "kvenv-scorer", 3
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-CURVES = "curves.json"
-
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """What weights may be stored in."""
 
 NORMALISATION = ("mean", "std")
 """Stored as float32 always: few numbers, and keys' large means would lose the most."""
-
-
-def version_for(architecture: Architecture) -> int:
-    """The oldest version whose readers know everything that an architecture asks for.
-
-    Those of version 1 know neither an age term nor the features beyond the first four.
-    """
-    known = {"key", "value", "position", "fill"}
-    return 2 if architecture.age or set(architecture.features) - known else 1
 
 
 def is_bundle(folder: str | Path) -> bool:
@@ -64,7 +50,7 @@ def local_folder(source: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=[CONFIG, WEIGHTS, CARD, CURVES]))
+        return Path(snapshot_download(str(source), allow_patterns=[CONFIG, WEIGHTS, CARD]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise KvenvError(
             f"no bundle {str(source)!r}: no such folder, and the Hugging Face hub gave none"
@@ -82,17 +68,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise KvenvError(f"{path} is not a {FORMAT} file: give a folder that `kvenv train` wrote")
-    if config.get("version") not in VERSIONS:
+    if config.get("version") != VERSION:
         raise KvenvError(
-            f"{path} has version {config.get('version')!r}, not "
-            f"{' or '.join(map(str, VERSIONS))}: update kvenv"
-        )
-    asked = config.get("architecture")
-    options = {option.name for option in fields(Architecture)}
-    if isinstance(asked, dict) and (newer := sorted(asked.keys() - options)):
-        raise KvenvError(
-            f"{path} asks for an architecture's {', '.join(newer)}, which this kvenv does not "
-            "know: update kvenv"
+            f"{path} has version {config.get('version')!r}, and this kvenv reads {VERSION}: train "
+            "the agent anew, or use the kvenv that wrote it"
         )
     return config
 
@@ -107,44 +86,14 @@ def read_card(folder: Path) -> str | None:
         raise KvenvError(f"{folder / CARD} cannot be read ({error}): mend or delete it") from error
 
 
-def read_curves(folder: Path) -> Curves | None:
-    """A bundle's retention curves, if it has them."""
-    path = folder / CURVES
-    try:
-        return Curves.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KvenvError) as error:
-        raise KvenvError(f"{path} cannot be used ({error})") from error
-
-
-def write_curves(folder: Path, curves: Curves) -> None:
-    """Add curves to a bundle that is there, or replace its own.
-
-    Raises:
-        KvenvError: if they cannot be written; the bundle is then as before.
-    """
-    write_beside(folder, CURVES, dump(curves))
-
-
-def write_beside(folder: Path, name: str, text: str) -> None:
-    """Write a text file of a bundle that is there, whole or not at all."""
-    scratch = folder / f".{name}.new"
-    try:
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, folder / name)
-    except OSError as error:
-        raise unwritable(folder, error) from error
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def read_weights(network: PerHeadMLP, path: Path) -> None:
-    """Load a bundle's numbers, of any of `DTYPES`, into a float32 network."""
+def read_weights(network: PerHeadMLP, path: Path) -> Calibration | None:
+    """Give a network, on the meta device, a bundle's numbers as float32; the calibration."""
     try:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise KvenvError(f"{path} is damaged ({error}): export the agent again") from error
+    calibration = Calibration.from_tensors(state)
+    state = {name: one for name, one in state.items() if not name.startswith("calibration.")}
     wanted = network.state_dict()
     if state.keys() != wanted.keys():
         odd = sorted(state.keys() ^ wanted.keys())
@@ -165,7 +114,8 @@ def read_weights(network: PerHeadMLP, path: Path) -> None:
                 f"{path} holds NaN or infinite numbers in {name} ({odd_one}): "
                 "export the agent again from a sound checkpoint"
             )
-    network.load_state_dict(state)
+    network.load_state_dict({name: one.float() for name, one in state.items()}, assign=True)
+    return calibration
 
 
 def stored(network: PerHeadMLP, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -201,7 +151,6 @@ def write_bundle(
     config: Mapping[str, Any],
     state: Mapping[str, torch.Tensor],
     card: str | None = None,
-    curves: Curves | None = None,
 ) -> None:
     """Write a bundle's files beside ``folder`` and then put them in its place.
 
@@ -209,27 +158,14 @@ def write_bundle(
         KvenvError: if it cannot be written; what was there is then as before.
     """
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise unwritable(folder, error) from error
-    try:
-        save_file(dict(state), scratch / WEIGHTS, metadata={"format": "pt"})
-        (scratch / WEIGHTS).chmod(0o644)  # safetensors lets none but the owner read
-        (scratch / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        if card is not None:
-            (scratch / CARD).write_text(card, encoding="utf-8")
-        if curves is not None:
-            (scratch / CURVES).write_text(dump(curves), encoding="utf-8")
-        scratch.chmod(0o755)
-        if folder.exists():
-            _replace(folder, scratch)
-        else:
-            scratch.rename(folder)
+        with files.replacing(folder) as scratch:
+            save_file(dict(state), scratch / WEIGHTS, metadata={"format": "pt"})
+            (scratch / WEIGHTS).chmod(0o644)  # safetensors lets none but the owner read
+            (scratch / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            if card is not None:
+                (scratch / CARD).write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise unwritable(folder, error) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def unwritable(folder: Path, error: Exception) -> KvenvError:
@@ -239,20 +175,6 @@ def unwritable(folder: Path, error: Exception) -> KvenvError:
         f"bundle {str(folder)!r} could not be written ({reason}): free some space or choose "
         "another --out"
     )
-
-
-def _replace(folder: Path, scratch: Path) -> None:
-    """Put ``scratch`` in the place of ``folder``, which comes back if that fails."""
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        folder.rename(aside / "replaced")
-        try:
-            scratch.rename(folder)
-        except OSError:
-            (aside / "replaced").rename(folder)
-            raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _not_finite(tensor: torch.Tensor, heads: Sequence[Head]) -> str | None:

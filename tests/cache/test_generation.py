@@ -13,10 +13,9 @@ from transformers.generation.streamers import BaseStreamer
 from kvenv.cache import EvictionCache
 from kvenv.cache.generation import generate as fast
 from kvenv.errors import KvenvError
-from kvenv.scorers.network import Architecture
 
-SMALL = {"budget": 14, "sinks": 2, "recent": 4}
-STATIC = {"static": {"block": 10**6}, "blocks": {"block": 7}, "dynamic": {"backend": "torch"}}
+SMALL = {"budget": 14, "sinks": 2, "recent": 4, "refresh": 3}
+STATIC = {"static": {"block": 10**6}, "blocks": {"block": 7}}
 WAYS = {
     "greedy": {"do_sample": False},
     "sampled": {"do_sample": True, "temperature": 0.7, "top_k": 20},
@@ -55,7 +54,7 @@ def both(lm, scorer, inputs, kind, check_every=8, **ways):
 @pytest.mark.parametrize("family", ["llama", "gemma"])
 def test_tokens_are_those_of_transformers(model, scorers, batch, family, kind, way, padded):
     inputs = batch(3 if padded else 1, 25, padded)
-    expected, ours, caches = both(model(family), scorers["AgedTable"](), inputs, kind, **WAYS[way])
+    expected, ours, caches = both(model(family), scorers["Table"](), inputs, kind, **WAYS[way])
     assert torch.equal(ours, expected)
     assert caches[0].get_seq_length() == caches[1].get_seq_length()
     assert torch.equal(caches[0].positions(1), caches[1].positions(1))
@@ -98,7 +97,7 @@ def test_stopping_criteria_are_asked(model, scorers, batch, check_every):
             lm, scorers["Table"](), inputs, "static", check_every, **given, **ends
         )
         assert 25 < expected.shape[1] < 85
-        assert bool((expected[:, -1] == 0).any()) == bool(ends)
+        assert bool((expected[:, -4:] == 0).all(-1).any()) == bool(ends)
         assert torch.equal(ours, expected)
 
 
@@ -135,7 +134,7 @@ def test_a_streamer_hears_what_transformers_would_tell_it(model, scorers, batch,
 @pytest.mark.parametrize("kind", STATIC)
 @pytest.mark.parametrize("family", ["llama", "gemma"])
 def test_a_second_turn_continues_the_first(model, scorers, batch, run, family, kind, only_new):
-    lm, scorer, inputs = model(family), scorers["AgedTable"](), batch(2, 30, padded=True)
+    lm, scorer, inputs = model(family), scorers["Table"](), batch(2, 30, padded=True)
     given = {"attention_mask": inputs["attention_mask"], **SMALL, **STATIC[kind]}
     cache = EvictionCache(lm, scorer, **given)
     options = {"do_sample": False, "max_new_tokens": 9, "check_every": 1}
@@ -188,7 +187,7 @@ def test_the_host_looks_only_now_and_then(model, scorers, batch):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_cuda_graph_writes_the_same_tokens(model, learned, batch, monkeypatch, rows, way):
     lm = model("wide")
-    scorer = learned("wide", Architecture(("key", "value"), (8, 6), age=True))
+    scorer = learned("wide")
     inputs = {k: v.to(lm.device) for k, v in batch(rows, 40, padded=rows > 1).items()}
     replays = []
     replay = torch.cuda.CUDAGraph.replay
@@ -210,3 +209,29 @@ def test_a_cuda_graph_writes_the_same_tokens(model, learned, batch, monkeypatch,
         assert len(replays) == 2 * (59 - 2)  # but for the steps that warm up; none without
     assert torch.equal(*texts)
     assert torch.equal(caches[0].positions(0), caches[1].positions(0))
+
+
+def test_all_layers_read_block_by_block_where_all_heads_compete(model, scorers, batch, calibrated):
+    lm, inputs = model("llama"), batch(2, 40, padded=True)
+    tables = calibrated([(layer, head) for layer in (0, 1) for head in (0, 1)])
+    given = {"attention_mask": inputs["attention_mask"], "calibration": tables, **SMALL}
+    whole, parts = (
+        EvictionCache(lm, scorers["KeyNorm"](), allocation="adaptive", block=block, **given)
+        for block in (None, 6)
+    )
+    with pytest.raises(KvenvError, match=r"40 tokens and block=6: .* prefill_chunk_size=6"):
+        lm.generate(**inputs, past_key_values=parts, max_new_tokens=8)
+    parts.reset(attention_mask=inputs["attention_mask"])
+    options = {"max_new_tokens": 8, "do_sample": False}
+    text = fast(lm, inputs["input_ids"], parts, attention_mask=given["attention_mask"], **options)
+    chunked = lm.generate(**inputs, past_key_values=whole, prefill_chunk_size=6, **options)
+    assert torch.equal(text, chunked)
+    assert torch.equal(whole.positions(1), parts.positions(1))
+
+
+def test_a_share_is_of_the_whole_prompt(model, scorers, batch):
+    lm, inputs = model("llama"), batch(1, 60)
+    cache = EvictionCache(lm, scorers["KeyNorm"](), budget=0.5, sinks=1, recent=2)
+    assert cache.budget == 0
+    fast(lm, inputs["input_ids"], cache, max_new_tokens=4, prefill_chunk_size=7)
+    assert cache.budget == 30

@@ -9,14 +9,15 @@ import torch
 
 from kvenv.cache import EvictionCache
 from kvenv.cache.needs import WINDOW, received
-from kvenv.cache.worth import Limits, worth
 from kvenv.errors import KvenvError
 from kvenv.recording.capture import capture
-from kvenv.recording.query_stats import QueryStats
+from kvenv.rules import protected, worth
+from kvenv.scorers.attention import recent_attention
 from kvenv.scorers.loading import load_scorer
+from kvenv.scorers.query_stats import QueryStats
 
-AGENTS = ("snapkv", "tova", "h2o", "observed", "expected")
-SMALL = {"budget": 14, "sinks": 2, "recent": 4}
+AGENTS = ("snapkv", "tova", "recent", "h2o", "observed", "expected")
+SMALL = {"budget": 14, "sinks": 2, "recent": 4, "refresh": 3}
 FULL = {"llama": (0, 1), "gemma": (1, 3)}
 
 
@@ -25,13 +26,13 @@ def kept(cache, layer):
     return [[sorted(p for p in head if p >= 0) for head in row] for row in rows]
 
 
-def best(scores, positions, budget, sinks, recent):
-    """The positions (B, H, n) of most worth, of equals the earlier, as `kept` gives them."""
-    limits = Limits(budget, sinks, recent)
-    order = worth(scores, None, positions, positions.amax(), limits).argsort(
-        dim=-1, descending=True, stable=True
-    )
-    return positions.gather(-1, order[..., :budget]).sort(-1).values.tolist()
+def best(scores, positions):
+    """Places (B, H, 11) of those of most worth, of equals the earlier, in order."""
+    newest = positions.amax()
+    guarded = protected(positions, newest, SMALL["sinks"], SMALL["recent"])
+    value = worth(scores, guarded, positions >= 0)
+    order = value.argsort(dim=-1, descending=True, stable=True)
+    return order[..., : SMALL["budget"] - SMALL["refresh"]].sort(-1).values
 
 
 def recorded(lm, ids, n, layer):
@@ -58,10 +59,10 @@ def test_a_prompts_survivors_are_those_of_offline_scores(model, batch, run, fami
     for layer in FULL[family]:
         keys, values, given = recorded(lm, ids[0], 90, layer)
         positions = torch.arange(90).expand(1, 2, -1)
-        scores = scorer.score(
-            layer, keys, values, positions, **{name: given[name] for name in scorer.needs}
-        )
-        assert kept(cache, layer) == best(scores, positions, **SMALL)
+        given["recent_attention"] = recent_attention(given["queries"], keys, positions)
+        needs = {name: given[name] for name in scorer.needs}
+        scores = scorer.score(layer, keys, values, positions, torch.tensor([89]), **needs)
+        assert kept(cache, layer) == best(scores, positions).tolist()
 
 
 def watch(layer):
@@ -113,16 +114,13 @@ class Held:
                 weights = logits.masked_fill(later, -torch.inf).softmax(-1)
                 self.past[0, head // 2] += weights
 
-    def cut(self, newest, budget, sinks, recent):
-        if self.positions.shape[-1] <= budget:
-            return
+    def cut(self):
         given = {"queries": self.queries, "past_attention": self.past, **self.statistics}
-        needs = {name: given[name].float() for name in self.scorer.needs}
         states = self.keys.float(), self.values.float(), self.positions
-        scores = self.scorer.score(self.layer, *states, **needs)
-        limits = Limits(budget, sinks, recent)
-        value = worth(scores, None, self.positions, newest, limits)
-        order = value.argsort(dim=-1, descending=True, stable=True)[..., :budget].sort(-1).values
+        given["recent_attention"] = recent_attention(self.queries.float(), states[0], states[2])
+        needs = {name: given[name].float() for name in self.scorer.needs}
+        scores = self.scorer.score(self.layer, *states, self.positions.amax().view(1), **needs)
+        order = best(scores, self.positions)
         wide = order.unsqueeze(-1).expand(-1, -1, -1, 16)
         self.keys, self.values = self.keys.gather(2, wide), self.values.gather(2, wide)
         self.positions, self.past = self.positions.gather(-1, order), self.past.gather(-1, order)
@@ -148,19 +146,14 @@ def test_decoding_keeps_what_scores_by_hand_keep(model, batch, run, agent, block
         statistics = {"query_mean": measured[0][None], "query_cov": measured[1][None]}
         held, start = Held(scorer, layer, statistics), 0
         for (keys, values, queries, scale), then in zip(steps[layer], kept_then, strict=True):
-            if queries.shape[2] == 1:
-                # Who goes is known before the newcomer asks, and it does not go itself.
-                limits = SMALL | {"budget": SMALL["budget"] - 1}
-                held.cut(start, **limits)
-                held.add(keys, values, start)
-                held.ask(queries, scale, start)
-            else:
-                for at in range(0, queries.shape[2], block):
-                    part = (slice(None), slice(None), slice(at, at + block))
-                    held.add(keys[part], values[part], start + at)
-                    held.ask(queries[part], scale, start + at)
-                    newest = start + at + queries[part].shape[2] - 1
-                    held.cut(newest, **SMALL)
+            if queries.shape[2] == 1 and held.positions.shape[-1] == SMALL["budget"]:
+                held.cut()
+            for at in range(0, queries.shape[2], block):
+                part = (slice(None), slice(None), slice(at, at + block))
+                held.add(keys[part], values[part], start + at)
+                held.ask(queries[part], scale, start + at)
+                if held.positions.shape[-1] > SMALL["budget"]:
+                    held.cut()
             start += queries.shape[2]
             assert held.positions[0].tolist() == then[layer]
 
@@ -221,7 +214,7 @@ def test_every_way_to_decode(model, batch, generate, agent):
             lm, load_scorer(agent), attention_mask=inputs["attention_mask"], **SMALL
         )
         assert generate(lm, inputs, cache, **ways).shape[1] == 42
-        assert {len(head) for row in kept(cache, 0) for head in row} == {14}
+        assert {len(head) for row in kept(cache, 0) for head in row} == {13}
     ample = EvictionCache(
         lm, load_scorer(agent), budget=64, attention_mask=inputs["attention_mask"]
     )
@@ -255,8 +248,8 @@ def test_what_cannot_be_served(model, batch, run):
     for first, message in ((1, "only one was: give a longer prompt"), (4, "a prompt of 4 tokens")):
         cache = EvictionCache(lm, load_scorer("expected"), **SMALL)
         with pytest.raises(KvenvError, match=message):
-            run(lm, cache, ids, mask, [first, 1])
+            run(lm, cache, ids, mask, [first, *[1] * 15])
     cache = EvictionCache(lm, load_scorer("h2o"), budget=32)
     run(lm, cache, ids, mask, [20])
-    with pytest.raises(KvenvError, match="what they asked for cannot come back"):
+    with pytest.raises(KvenvError, match="what they asked for counts already"):
         cache.crop(-1)

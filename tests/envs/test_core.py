@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from kvenv import utility as u
+from kvenv import rules as u
 from kvenv.envs import core
 from kvenv.errors import KvenvError
 
@@ -40,31 +40,14 @@ def slow_output_error(queries, keys, values, scores, budget) -> float:
     return float(np.mean(errors))
 
 
-def test_feature_columns_are_key_value_place_and_validity() -> None:
+def test_feature_columns_are_key_value_age_and_validity() -> None:
     keys = np.arange(6, dtype=np.float16).reshape(3, 2)
-    rows = core.features(keys, -keys, np.array([0, 1, 7]), 8, 5)
+    rows = core.features(keys, -keys, np.array([0, -1, 7]))
     assert rows.dtype == np.float32
-    assert rows.shape == (5, core.feature_count(2))
-    expected = [4, 5, -4, -5, 7 / 8, 3 / 16, 1]
-    np.testing.assert_array_equal(rows[2], np.float32(expected))
-    np.testing.assert_array_equal(rows[0], np.float32([0, 1, 0, -1, 0, 0, 1]))
-    assert not rows[3:].any()
-
-
-def test_features_of_a_batch_are_those_of_its_rows_in_numpy_and_torch() -> None:
-    keys, values = np.random.default_rng(0).normal(size=(2, 3, 5, 4)).astype(np.float16)
-    places = np.tile(np.arange(5), (3, 1))
-    batch = core.features(keys, values, places, 5, 6)
-    tensors = (torch.from_numpy(x) for x in (keys, values, places))
-    np.testing.assert_array_equal(batch, core.features(*tensors, 5, 6).numpy())
-    for i in range(3):
-        np.testing.assert_array_equal(batch[i], core.features(keys[i], values[i], places[i], 5, 6))
-
-
-def test_features_refuse_more_tokens_than_rows() -> None:
-    keys = np.zeros((3, 2), np.float16)
-    with pytest.raises(KvenvError, match="3 tokens do not fit into max_tokens=2"):
-        core.features(keys, keys, np.arange(3), 3, 2)
+    assert rows.shape == (3, core.feature_count(2))
+    np.testing.assert_array_equal(rows[2], np.float32([4, 5, -4, -5, 3 / 16, 1]))
+    np.testing.assert_array_equal(rows[0], np.float32([0, 1, 0, -1, 0, 1]))
+    assert not rows[1].any()  # no token there
 
 
 def test_budgets_are_tokens_or_fractions() -> None:
@@ -76,9 +59,9 @@ def test_budgets_are_tokens_or_fractions() -> None:
     ("budgets", "message"),
     [
         ([41], "budget 41 is outside 1..40"),
-        ([0], "budget 0 is outside 1..40"),
-        ([1.5], "fraction 1.5 is not in"),
-        ([float("nan")], "fraction nan is not in"),
+        ([0], "budget 0 holds no token"),
+        ([1.5], "budget 1.5 is not in"),
+        ([float("nan")], "budget nan is not in"),
         ([True], "budget True is not a number"),
         (["8"], "budget '8' is not a number"),
         ([], "no budgets given"),
@@ -134,8 +117,10 @@ def test_means_over_budgets_are_the_learners_to_the_last_bit(curves, budgets) ->
 
 @given(hnp.arrays(np.float32, 17, elements=FLOATS), hnp.arrays(np.float32, 17, elements=FLOATS))
 def test_closure_is_the_learners(utility, scores) -> None:
-    found = core.closure(u.reward(utility, scores), u.oracle_reward(utility), u.random_reward(17))
-    assert found == u.closure(utility, scores)
+    found = core.normalized_score(
+        u.reward(utility, scores), u.oracle_reward(utility), u.random_reward(17)
+    )
+    assert found == u.normalized_score(utility, scores)
 
 
 def test_attention_is_its_definition_and_drops_the_first_tokens() -> None:
@@ -166,45 +151,6 @@ def test_a_packed_triangle_gives_its_rows_back(length: int) -> None:
         start = core.row_start(t)
         np.testing.assert_array_equal(packed[:, start : start + t + 1], rows[:, t, : t + 1])
         assert not packed[:, start - 1].any()  # where an empty slot looks
-
-
-def test_the_lowest_score_goes_and_of_equals_the_latest_token() -> None:
-    scores = np.array([[3.0, 1, 1, 2], [0, 5, 5, 5], [1, 1, 1, 1]])
-    positions = np.array([[0, 7, 4, 9], [2, 3, 4, 5], [-1, 8, 3, 9]])
-    now = np.array([9, 5, 9])
-    assert core.lowest_slot(scores, positions, core.protected(positions, now, 0, 0)).tolist() == [
-        1,
-        0,
-        3,
-    ]
-    kept = core.protected(positions, now, sinks=3, recent=1)
-    assert kept.tolist() == [
-        [True, False, False, True],
-        [True, False, False, True],
-        [True, False, False, True],
-    ]
-    assert core.lowest_slot(scores, positions, kept).tolist() == [1, 2, 1]
-
-
-def test_output_change_is_its_definition() -> None:
-    rng = np.random.default_rng(0)
-    weights, values, full = (
-        rng.random((2, 3, 5)),
-        rng.normal(size=(2, 5, 4)),
-        rng.normal(size=(2, 3, 4)),
-    )
-    found = core.output_change(weights, values, full)
-    expected = [
-        np.mean(
-            [
-                np.linalg.norm(w @ v / w.sum() - o) / np.linalg.norm(o)
-                for w, o in zip(ws, os, strict=True)
-            ]
-        )
-        for ws, v, os in zip(weights, values, full, strict=True)
-    ]
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
-    assert core.output_change(np.zeros((1, 1, 2)), values[:1, :2], full[:1, :1]) == 1
 
 
 @pytest.mark.parametrize("seed", range(3))

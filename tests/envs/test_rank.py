@@ -7,9 +7,10 @@ import pytest
 import torch
 from gymnasium.error import ResetNeeded
 
-from kvenv import utility as u
+from kvenv import rules as u
 from kvenv.envs import RankEnv, core
 from kvenv.errors import KvenvError
+from kvenv.rotation import Rotation
 
 VARIANTS = [
     {},
@@ -38,11 +39,12 @@ def test_observation_is_the_heads_features(folder: str) -> None:
     np.testing.assert_array_equal(obs.ravel(), RankEnv(folder).reset(options=options)[0])
     assert info == {"episode_index": 1, "layer": 3, "head": 1, "n": 24}
     trace = env.traces.head(1, 3, 1)
-    assert obs.shape == env.observation_space.shape == (40, 19)
+    assert obs.shape == env.observation_space.shape == (40, 18)
     np.testing.assert_array_equal(obs[:24, :8], trace.keys[:24].astype(np.float32))
     np.testing.assert_array_equal(obs[:24, 8:16], trace.values[:24].astype(np.float32))
-    np.testing.assert_array_equal(obs[:24, 16], np.float32(np.arange(24) / 24))
-    assert obs[:24, 18].all()
+    ages = np.arange(23, -1, -1)
+    np.testing.assert_array_equal(obs[:24, 16], np.float32(np.log2(1.0 + ages) / 16))
+    assert (obs[:24, 17] == 1).all()
     assert not obs[24:].any()
     assert obs in env.observation_space
 
@@ -74,7 +76,7 @@ def test_reward_is_the_learners_to_the_last_bit(folder: str, arguments: dict) ->
             utility, guarded = u.without_sinks(utility), u.without_sinks(guarded)
         budgets = core.resolve_budgets(arguments.get("budgets"), len(utility))
         assert reward == float(u.reward(utility, guarded, budgets))
-        assert info["closure"] == float(u.closure(utility, guarded, budgets))
+        assert info["normalized_score"] == float(u.normalized_score(utility, guarded, budgets))
         assert info["oracle"] == float(u.oracle_reward(utility, budgets))
         assert info["random"] == u.random_reward(len(utility), budgets)
         curve = u.retention(utility, guarded).numpy()
@@ -88,10 +90,10 @@ def test_oracle_closes_the_gap_and_its_reverse_opens_it(folder: str) -> None:
         _, info = env.reset(seed=seed)
         action = oracle_action(utility_of(env, info), env.max_tokens)
         _, reward, _, _, info = env.step(action)
-        assert info["closure"] == pytest.approx(1, abs=1e-12)
+        assert info["normalized_score"] == pytest.approx(1, abs=1e-12)
         assert reward == pytest.approx(info["oracle"], abs=1e-12)
         env.reset(seed=seed)
-        assert env.step(-action)[4]["closure"] < -0.5
+        assert env.step(-action)[4]["normalized_score"] < -0.5
 
 
 def test_padding_is_ignored_whatever_it_holds(folder: str) -> None:
@@ -285,3 +287,13 @@ def test_sets_that_share_nothing_and_arguments_of_the_wrong_kind_are_named(
     ):
         with pytest.raises(KvenvError, match=message):
             RankEnv(**{"traces": folder, **arguments})
+
+
+def test_keys_are_seen_in_the_frame_of_now(tiny_traces, tmp_path) -> None:
+    rotation = Rotation((1.0, 0.25, 0.01), "pairs", 2)
+    traces = tiny_traces(tmp_path / "turned", rotation=rotation)
+    obs, info = RankEnv(traces.path, flat=False).reset(options={"episode": 1, "layer": 3})
+    keys = traces.read(1, "keys", 3, info["head"])[:24]
+    framed = rotation.frame(torch.from_numpy(keys)[None, None], torch.tensor([23]))[0, 0]
+    np.testing.assert_array_equal(obs[:24, :8], framed.numpy())
+    assert (obs[:23, :8] != keys[:23]).any()

@@ -16,7 +16,7 @@ from stable_baselines3.common.env_checker import check_env as check_sb3
 
 from kvenv.registration import ENVIRONMENTS, register
 
-BUDGETS = {"kvenv/Rank-v0": {"budgets": [0.5, 4]}}
+BUDGETS = {"kvenv/Rank-v1": {"budgets": [0.5, 4]}}
 every_id = pytest.mark.parametrize("env_id", ENVIRONMENTS)
 
 
@@ -48,15 +48,22 @@ def test_checkers_have_nothing_to_say_about_the_packaged_sample(env_id: str) -> 
             env.close()
 
 
-@every_id
 @pytest.mark.parametrize("reward", ["attention", "output"])
-def test_checkers_have_nothing_to_say_about_any_reward(
-    folder: str, env_id: str, reward: str
-) -> None:
+def test_checkers_have_nothing_to_say_about_any_reward(folder: str, reward: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for check in (check_env, check_sb3):
-            check(gym.make(env_id, traces=folder, reward=reward, **arguments(env_id)).unwrapped)
+            check(gym.make("kvenv/Rank-v1", traces=folder, reward=reward).unwrapped)
+
+
+@pytest.mark.parametrize("name", ["Rank", "Stream", "Evict"])
+@pytest.mark.parametrize("make", [gym.make, gym.make_vec])
+def test_what_is_out_of_date_names_its_successor(name: str, make) -> None:
+    with (
+        pytest.warns(DeprecationWarning, match="v1"),
+        pytest.raises(gym.error.DeprecatedEnv, match=f"use `kvenv/{name}-v1` instead"),
+    ):
+        make(f"kvenv/{name}-v0")
 
 
 @every_id

@@ -95,9 +95,9 @@ def test_environment_renders_before_and_after_the_step(folder: str) -> None:
             assert before.shape == after.shape == (540, 960, 3)
             assert (before != after).any()
             continue
-        title = "kvenv/Rank-v0 · layer 1 head 1 · episode 1"
+        title = "kvenv/Rank-v1 · layer 1 head 1 · episode 1"
         assert before.splitlines()[0] == title
-        result = f"retention {reward:.2f} · closure {info['closure']:.2f}"
+        result = f"retention {reward:.2f} · normalized score {info['normalized_score']:.2f}"
         assert after.splitlines()[0] == f"{title} · {result} · budget 5 of 20 tokens"
         ids = env.traces.tokens(1)[:24].tolist()
         assert before.split("\n")[1].split() == [str(i) for i in ids]

@@ -14,14 +14,14 @@ from kvenv.envs import EvictVectorEnv, RankVectorEnv, StreamVectorEnv
 from kvenv.errors import KvenvError
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
-    ("kvenv/Rank-v0", {}),
-    ("kvenv/Rank-v0", {"reward": "output", "budgets": [0.25, 8], "sinks": 4, "recent": 3}),
-    ("kvenv/Rank-v0", {"sink_free": True, "flat": False, "layer": 3}),
-    ("kvenv/Stream-v0", {"budget": 8}),
-    ("kvenv/Stream-v0", {"budget": 0.2, "sinks": 2, "recent": 1, "sink_free": True}),
-    ("kvenv/Stream-v0", {"budget": 6, "reward": "output", "head": 1}),
-    ("kvenv/Evict-v0", {"budget": 8}),
-    ("kvenv/Evict-v0", {"budget": 0.2, "sinks": 2, "recent": 2, "reward": "output", "flat": False}),
+    ("kvenv/Rank-v1", {}),
+    ("kvenv/Rank-v1", {"reward": "output", "budgets": [0.25, 8], "sinks": 4, "recent": 3}),
+    ("kvenv/Rank-v1", {"sink_free": True, "flat": False, "layer": 3}),
+    ("kvenv/Stream-v1", {"budget": 8}),
+    ("kvenv/Stream-v1", {"budget": 0.2, "sinks": 2, "recent": 1, "sink_free": True}),
+    ("kvenv/Stream-v1", {"budget": 6, "interval": 2, "head": 1, "optimum": True}),
+    ("kvenv/Evict-v1", {"budget": 8}),
+    ("kvenv/Evict-v1", {"budget": 0.2, "sinks": 2, "recent": 2, "optimum": True, "flat": False}),
 ]
 MODES = [mode.value for mode in AutoresetMode]
 
@@ -140,7 +140,7 @@ def test_what_cannot_be_is_named(folder: str) -> None:
     with pytest.raises(KvenvError, match="num_envs=0 is less than 1"):
         RankVectorEnv(0, traces=folder)
     env = EvictVectorEnv(2, autoreset_mode="Disabled", traces=folder, budget=8, sinks=1)
-    with pytest.raises(ResetNeeded, match="environment 0 of kvenv/Evict-v0 has no episode"):
+    with pytest.raises(ResetNeeded, match="environment 0 of kvenv/Evict-v1 has no episode"):
         env.step(np.array([3, 3]))
     env.reset(seed=0)
     with pytest.raises(KvenvError, match=r"shape \(3,\).*give 2 whole numbers"):
@@ -161,10 +161,10 @@ def test_what_cannot_be_is_named(folder: str) -> None:
 
 
 def test_every_environment_can_be_drawn(folder: str) -> None:
-    env = gym.make_vec("kvenv/Stream-v0", num_envs=2, traces=folder, budget=8, render_mode="ansi")
+    env = gym.make_vec("kvenv/Stream-v1", num_envs=2, traces=folder, budget=8, render_mode="ansi")
     env.reset(seed=0, options={"episode": [0, 1]})
-    for _ in range(20):
-        env.step(np.zeros((2, 1), np.float32))
+    for _ in range(3):
+        env.step(np.zeros((2, 8), np.float32))
     texts = env.render()
     assert ["episode 0" in texts[0], "episode 1" in texts[1]] == [True, True]
 
@@ -198,6 +198,6 @@ def test_pictures_of_the_others_stay_when_one_is_reset(folder: str) -> None:
     before = env.render()
     env.reset(options={"reset_mask": np.array([True, False])})
     after = env.render()
-    assert "closure" in before[0]
-    assert "closure" not in after[0]
+    assert "normalized score" in before[0]
+    assert "normalized score" not in after[0]
     assert after[1] == before[1]

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from kvenv.recording import models, recorder
+from kvenv import models
+from kvenv.recording import recorder
 from kvenv.recording.workload import Sample
 from kvenv.trace import TraceSet
 

@@ -13,31 +13,32 @@ from transformers import AttentionInterface, DynamicCache
 from kvenv.cache import EvictionCache
 from kvenv.errors import KvenvError
 from kvenv.evaluation.accuracy import greedy
+from kvenv.evaluation.calibrating import calibrate
 from kvenv.evaluation.cut import Cutter, Prompt, forward
 from kvenv.evaluation.cutlayer import CutLayer
+from kvenv.evaluation.retention import score_prompt
+from kvenv.learning.agent import Heuristic
 from kvenv.recording.capture import attention_of
+from kvenv.rules import compete, protect
 from kvenv.scorers import load_scorer
-from kvenv.scorers.base import Pointwise
 
 KEPT: dict[int, torch.Tensor] = {}
 PROMPT = 44
 
 
-class Aged(Pointwise):
+class Aged(Heuristic):
     """Scores by position that fade with age at a pace of each head's own; a few are infinite."""
 
-    def score(self, layer, keys, values, positions, **needs):
-        scores = (positions * 7 + layer) % 11 + torch.zeros(1, keys.shape[1], 1)
+    def score(self, layer, keys, values, positions, now, **needs):
+        age = now.view(-1, 1, 1) - positions
+        scores = (positions * 7 + layer) % 11 - age * torch.tensor([0.1, 0.9]).view(1, -1, 1)
         return scores.masked_fill(positions % 13 == 5, torch.inf)
 
-    def age_term(self, layer, age):
-        return -age * torch.tensor([0.1, 0.9]).view(1, -1, 1)
 
-
-class Half(Pointwise):
+class Half(Heuristic):
     heads = frozenset({(0, 0), (0, 1), (1, 1)})
 
-    def score(self, layer, keys, values, positions, **needs):
+    def score(self, layer, keys, values, positions, now, **needs):
         return positions.float()
 
 
@@ -128,24 +129,30 @@ def test_a_cut_is_an_eviction_cache_s_first_step(families, sets, family: str, na
     scorer = Aged() if name == "aged" else load_scorer(name)
     cutter = Cutter(model, [traces], {name: scorer}, budgets=[0.5], sinks=3, recent=5)
     prompt = cutter.read(traces, 0)
-    cut, step = prompt.cut(17), EvictionCache(model, scorer, budget=17, sinks=3, recent=5)
+    cut, step = (
+        prompt.cut(17),
+        EvictionCache(model, scorer, budget=29, refresh=12, sinks=3, recent=5),
+    )
     tokens = torch.from_numpy(traces.tokens(0)).long().unsqueeze(0)
     with torch.inference_mode():
         model(tokens[:, :PROMPT], past_key_values=step)
         for layer, (mine, theirs) in enumerate(zip(cut.layers, step.layers, strict=True)):
             if layer in prompt.orders:
                 assert prompt.kept(layer, 17).tolist() == step.positions(layer).tolist()
-            torch.testing.assert_close(mine.keys, theirs.keys)
-            torch.testing.assert_close(mine.values, theirs.values)
+            else:
+                torch.testing.assert_close(mine.keys, theirs.keys)
+                torch.testing.assert_close(mine.values, theirs.values)
         expected = model(tokens[:, PROMPT:], past_key_values=step).logits
     logits = forward(model, cut, prompt.future.unsqueeze(0), PROMPT)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def budgets_of(prompt: Prompt, shift: int = 0) -> dict[int, tuple[int, int]]:
+def budgets_of(prompt: Prompt, shift: int = 0) -> dict[int, torch.Tensor]:
     """Budgets that differ between heads and layers; one layer's are equal, another's are all."""
     return {
-        layer: [(20, 20), (7, PROMPT + 3), (1, 12)][(at + shift) % 3]
+        layer: torch.tensor([(20, 20), (7, PROMPT), (1, 12)][(at + shift) % 3]).expand(
+            prompt.rows, -1
+        )
         for at, layer in enumerate(prompt.orders)
     }
 
@@ -170,7 +177,9 @@ def test_heads_may_have_budgets_of_their_own(
     close = 1e-9 if attention == "sdpa" else 1e-5  # its softmax is float32
     for row in range(2):
         for layer, orders in prompt.orders.items():
-            kept = [order[:size] for order, size in zip(orders[row], budgets[layer], strict=True)]
+            kept = [
+                order[:size] for order, size in zip(orders[row], budgets[layer][row], strict=True)
+            ]
             full = [torch.cat([one, one[:1].expand(PROMPT - len(one))]) for one in kept]
             KEPT[layer] = torch.stack(full)
         with torch.no_grad(), attention_of(ours.model, "kvenv_test_reference"):
@@ -183,11 +192,14 @@ def test_equal_budgets_of_heads_are_one_budget(cutter) -> None:
     prompt = ours.read(ours.sets[0], 0)
     future = prompt.future.expand(2, -1)
     whole = forward(ours.model, prompt.cut(17), future, PROMPT)
-    each = forward(ours.model, prompt.cut(dict.fromkeys(prompt.orders, (17, 17))), future, PROMPT)
+    each = forward(
+        ours.model, prompt.cut(dict.fromkeys(prompt.orders, torch.full((2, 2), 17))), future, PROMPT
+    )
     torch.testing.assert_close(each, whole)
-    assert prompt.kept(1, (3, 5))[:, 0, :2].eq(-1).all()
-    assert prompt.kept(1, (3, 5))[:, 0, 2:].tolist() == prompt.kept(1, 3)[:, 0].tolist()
-    assert prompt.kept(1, (3, 5))[:, 1].tolist() == prompt.kept(1, 5)[:, 1].tolist()
+    ragged = prompt.kept(1, torch.tensor([3, 5]).expand(2, -1))
+    assert ragged[:, 0, :2].eq(-1).all()
+    assert ragged[:, 0, 2:].tolist() == prompt.kept(1, 3)[:, 0].tolist()
+    assert ragged[:, 1].tolist() == prompt.kept(1, 5)[:, 1].tolist()
 
 
 def test_heads_that_differ_are_not_fed_where_nothing_masks_them(cutter) -> None:
@@ -207,11 +219,50 @@ def test_heads_that_differ_are_not_fed_where_nothing_masks_them(cutter) -> None:
         forward(ours.model, cache, tokens[:, 2:], PROMPT + 2)
 
 
-@pytest.mark.parametrize("budget", [(5,), (5, 6, 7), (5, 0)])
-def test_budgets_that_fit_no_layer_are_refused(cutter, budget: tuple[int, ...]) -> None:
-    prompt = cutter("llama", "knorm")
-    with pytest.raises(KvenvError, match="at least 1 token for each of its 2 KV heads"):
-        prompt.read(prompt.sets[0], 0).kept(0, budget)
+@pytest.mark.parametrize("allocation", ["layerwise", "adaptive"])
+def test_heads_compete_for_one_total(families, sets, allocation: str) -> None:
+    """Against the rules applied by hand to calibrated scores."""
+    traces, scorers = sets("llama"), {"aged": Aged(), "knorm": load_scorer("knorm")}
+    tables = {name: calibrate(one, [traces]) for name, one in scorers.items()}
+    ours = Cutter(
+        families("llama")[0],
+        *([traces], scorers),
+        budgets=[0.5],
+        sinks=2,
+        recent=3,
+        calibrations=tables,
+        allocations=["uniform", allocation],
+    )
+    rows = ("aged", "knorm", f"aged ({allocation})", f"knorm ({allocation})")
+    assert ours.agents == rows
+    prompt = ours.read(traces, 0)
+    counts = prompt.counts(22, allocation, 5)
+    _, scores = score_prompt(traces, 0, scorers, traces.heads)
+    for row, name in enumerate(scorers):
+        masses = torch.cat(
+            [tables[name].masses_of(at, scores[name][None, 2 * at : 2 * at + 2]) for at in (0, 1)]
+        )
+        masses = protect(masses, 2, 3)
+        if allocation == "adaptive":
+            expected = compete(masses.view(1, 4, -1), 88, 5).view(2, 2)
+        else:
+            expected = compete(masses, 44, 5)
+        assert torch.stack([counts[at][row] for at in (0, 1)]).tolist() == expected.tolist()
+    assert sum(int(one.sum()) for one in counts.values()) == 2 * 88
+    assert len({int(number) for one in counts.values() for number in one.flatten()}) > 1
+    caches = list(ours.cuts(prompt, 0.5))
+    assert isinstance(caches[0].layers[0].absent, type(None))
+    for at in (0, 1):
+        assert (~caches[1].layers[at].absent).sum(-1).tolist() == counts[at].tolist()
+
+
+def test_competing_needs_a_calibration(families, sets) -> None:
+    with pytest.raises(KvenvError, match=r"agent aged has no calibration.*--calibrate-on"):
+        Cutter(
+            *(families("llama")[0], [sets("llama")], {"aged": Aged()}),
+            budgets=[0.9],
+            allocations=["adaptive"],
+        )
 
 
 def test_sinks_and_recent_tokens_stay_whatever_a_scorer_says(families, sets) -> None:
@@ -268,7 +319,7 @@ def test_older_transformers_give_positions_to_the_mask() -> None:
 
 
 def test_another_model_is_refused(families, sets, checkpoints) -> None:
-    from kvenv.recording import models
+    from kvenv import models
 
     other, _ = models.load(str(checkpoints(1)))
     with pytest.raises(KvenvError, match=f"recorded from {checkpoints(0)}, not {checkpoints(1)}"):
@@ -281,12 +332,12 @@ def test_another_model_is_refused(families, sets, checkpoints) -> None:
         ({}, {}, "no agents given"),
         ({"half": Half()}, {}, r"agent half has no scores for 1 of the 4 heads .* \(1, 0\): train"),
         ({"aged": Aged()}, {"budgets": []}, "no budgets given"),
-        ({"aged": Aged()}, {"budgets": [1.5]}, "budget fraction 1.5"),
+        ({"aged": Aged()}, {"budgets": [1.5]}, "budget 1.5 is not in"),
         ({"aged": Aged()}, {"sinks": -1}, "sinks -1 and recent 5"),
         (
             {"aged": Aged()},
             {"budgets": [0.5, 0.2]},
-            r"budget 0.2 of the 37 prompt tokens of episode 1 of .* is 7, below sinks 3 \+ recent",
+            r"episode 1 of .*: budget 0.2 of 37 prompt tokens is 7, which cannot hold",
         ),
     ],
 )
@@ -308,8 +359,8 @@ def test_a_set_without_every_layer_is_refused(families, recorded) -> None:
 
 def test_nan_scores_are_refused(families, sets) -> None:
     class Broken(Aged):
-        def score(self, layer, keys, values, positions, **needs):
-            return super().score(layer, keys, values, positions) + torch.nan
+        def score(self, layer, keys, values, positions, now, **needs):
+            return super().score(layer, keys, values, positions, now) + torch.nan
 
     cutter = Cutter(families("llama")[0], [sets("llama")], {"broken": Broken()}, budgets=[1])
     with pytest.raises(KvenvError, match="agent broken gave NaN scores in layer 0, episode 0"):

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from kvenv import models
+from kvenv.cache import EvictionCache
 from kvenv.errors import KvenvError
-from kvenv.evaluation.decoding import Decoding, Task, decode, encode, from_episode
-from kvenv.recording import models, recorder
+from kvenv.evaluation.decoding import Question, answer, encode, from_episode
+from kvenv.recording import recorder
 from kvenv.recording.workload import Sample
 from kvenv.scorers import load_scorer
 from kvenv.trace import TraceSet
@@ -23,67 +25,53 @@ def pair(checkpoints) -> tuple[Any, Any]:
     return models.load(str(checkpoints(0)))
 
 
-@pytest.mark.parametrize(
-    ("budget", "cut", "tokens"), [(32, 0, 32), (1000, 0, 1000), (0.5, 0, 30), (0.5, 44, 22)]
-)
-def test_a_budget_is_tokens_or_a_share(budget: float, cut: int, tokens: int) -> None:
-    assert Decoding(budget, sinks=2, recent=3).tokens(Task(PROMPT, cut)) == tokens
+def bounded(pair, budget: int | float, **options: Any) -> EvictionCache:
+    return EvictionCache(pair[0], load_scorer("knorm"), budget=budget, **options)
 
 
-@pytest.mark.parametrize(
-    ("budget", "message"),
-    [
-        (0, "budget 0 keeps nothing"),
-        (-0.5, "budget -0.5 keeps nothing"),
-        (float("nan"), "budget nan"),
-        (float("inf"), "budget inf"),
-        (1.5, "budget 1.5 is neither whole tokens nor a share below 1"),
-        (0.1, "budget 0.1 of 60 prompt tokens is 6, below sinks 4 [+] recent 16: raise it"),
-    ],
-)
-def test_impossible_budgets(budget: float, message: str) -> None:
-    with pytest.raises(KvenvError, match=message):
-        Decoding(budget).tokens(Task(PROMPT))
-
-
-def test_some_tokens_must_be_asked_for() -> None:
+def test_some_tokens_must_be_asked_for(pair) -> None:
     with pytest.raises(KvenvError, match="max-new-tokens is 0"):
-        Decoding(32, max_new_tokens=0)
+        answer(*pair, Question(PROMPT), max_new_tokens=0)
 
 
 def test_an_ample_budget_decodes_what_the_full_cache_does(pair) -> None:
-    settings = Decoding(1000, max_new_tokens=12)
-    full = decode(*pair, Task(PROMPT), settings, None)
-    ample = decode(*pair, Task(PROMPT), settings, load_scorer("knorm"))
+    full = answer(*pair, Question(PROMPT), max_new_tokens=12)
+    ample = answer(*pair, Question(PROMPT), bounded(pair, 1000), max_new_tokens=12)
     assert ample.text == full.text
     assert full.seen == full.kept == ample.seen == ample.kept == 60 + 12 - 1
     # 2 layers of keys and values, 2 heads of 8 float32 numbers.
     assert full.nbytes == 71 * 2 * 2 * 2 * 8 * 4
 
 
-def test_a_bounded_cache_holds_its_budget(pair) -> None:
-    result = decode(*pair, Task(PROMPT), Decoding(24, max_new_tokens=9), load_scorer("knorm"))
-    assert (result.kept, result.seen) == (24, 68)
-    assert result.nbytes == 24 * 2 * 2 * 2 * 8 * 4
+@pytest.mark.parametrize("budget", [24, 0.4])
+def test_a_bounded_cache_holds_no_more_than_its_budget(pair, budget: int | float) -> None:
+    cache = bounded(pair, budget)
+    result = answer(*pair, Question(PROMPT), cache, max_new_tokens=9)
+    assert cache.budget == 24
+    assert result.kept <= 24 < result.seen == 68
     assert result.rate > 0
 
 
 def test_a_cut_evicts_before_the_rest_is_seen(pair) -> None:
     """The rest meets a cache of the cut's survivors; a full cache does not notice a cut."""
-    whole, cut = Task(PROMPT), Task(PROMPT, cut=50)
-    settings = Decoding(8, sinks=1, recent=2, max_new_tokens=16)
-    full = [decode(*pair, task, settings, None).text for task in (whole, cut)]
+    questions = Question(PROMPT), Question(PROMPT, cut=50)
+    full = [answer(*pair, one, max_new_tokens=16).text for one in questions]
     assert full[0] == full[1]
     scorer = load_scorer("random")
-    small = [decode(*pair, task, settings, scorer) for task in (whole, cut)]
+    small = [
+        answer(
+            *(*pair, one, EvictionCache(pair[0], scorer, budget=8, sinks=1, recent=2)),
+            max_new_tokens=16,
+        )
+        for one in questions
+    ]
     assert small[0].text != small[1].text
-    assert small[0].kept == small[1].kept == 8
 
 
 def test_sampling_follows_its_seed(pair) -> None:
     texts = [
-        decode(
-            *pair, Task(PROMPT), Decoding(32, sample=True, seed=seed, max_new_tokens=16), None
+        answer(
+            *(*pair, Question(PROMPT), bounded(pair, 32)), sample=True, seed=seed, max_new_tokens=16
         ).text
         for seed in (1, 1, 2)
     ]
@@ -91,7 +79,7 @@ def test_sampling_follows_its_seed(pair) -> None:
 
 
 def test_streaming_prints_the_text(pair, capsys) -> None:
-    result = decode(*pair, Task(PROMPT), Decoding(32, max_new_tokens=8), None, stream=True)
+    result = answer(*pair, Question(PROMPT), max_new_tokens=8, stream=True)
     assert capsys.readouterr().out.strip() == result.text.strip()
 
 
@@ -129,29 +117,29 @@ def asked(pair, tmp_path_factory: pytest.TempPathFactory) -> TraceSet:
 
 
 def test_an_episode_s_prompt(asked, pair) -> None:
-    model, tokenizer = pair
-    aware = from_episode(asked, 0, tokenizer, model)
+    model, _ = pair
+    aware = from_episode(asked, 0, model)
     assert aware.tokens.tolist() == [list(range(30))]
     assert (aware.cut, aware.facts) == (0, asked.info(0).metadata)
     assert aware.note == (
         "asked episode 0, 30 prompt tokens; question: [which] numbers?; expected: 7, 8"
     )
-    agnostic = from_episode(asked, 1, tokenizer, model)
+    agnostic = from_episode(asked, 1, model)
     assert agnostic.tokens.tolist() == [list(range(33))]
     assert agnostic.cut == 30
     assert agnostic.judge("it is 7 and 9") == "50% right"
-    assert Task(PROMPT).judge("anything") == "-"
+    assert Question(PROMPT).judge("anything") == "-"
 
 
 def test_an_answer_is_judged_by_its_episode_s_own_metric() -> None:
     facts = {"answers": ["the red house", "a barn"], "metric": "qa_f1"}
-    assert Task(PROMPT, facts=facts).judge("Red barn") == "67% right"
-    assert Task(PROMPT, facts={**facts, "metric": "exact_match"}).judge("Barn.") == "100% right"
+    assert Question(PROMPT, facts=facts).judge("Red barn") == "67% right"
+    assert Question(PROMPT, facts={**facts, "metric": "exact_match"}).judge("Barn.") == "100% right"
     with pytest.raises(KvenvError, match="metric 'luck'"):
-        Task(PROMPT, facts={**facts, "metric": "luck"}).judge("Barn.")
+        Question(PROMPT, facts={**facts, "metric": "luck"}).judge("Barn.")
 
 
 def test_an_episode_of_another_model(asked, checkpoints) -> None:
-    other, tokenizer = models.load(str(checkpoints(1)))
+    other, _ = models.load(str(checkpoints(1)))
     with pytest.raises(KvenvError, match=f"recorded from {checkpoints(0)}, not {checkpoints(1)}"):
-        from_episode(asked, 0, tokenizer, other)
+        from_episode(asked, 0, other)

@@ -12,8 +12,8 @@ import torch
 from kvenv import plugins
 from kvenv.errors import KvenvError
 from kvenv.evaluation.retention import METRICS, kind_of, measure
+from kvenv.learning.agent import Heuristic
 from kvenv.scorers import NetworkScorer
-from kvenv.scorers.base import Pointwise
 from kvenv.scorers.network import Architecture
 from kvenv.trace import TraceSet
 
@@ -42,7 +42,7 @@ def test_scores_are_made_where_they_are_asked_for(traces: TraceSet):
     """On the meta device nothing can be read back, so the scorer's answer is all that is seen."""
     seen: list[torch.device] = []
 
-    class Where(Pointwise):
+    class Where(Heuristic):
         needs = frozenset({"queries", "past_attention"})
 
         def score(self, layer: int, keys: torch.Tensor, *given: torch.Tensor, **needs: Any):
@@ -51,7 +51,7 @@ def test_scores_are_made_where_they_are_asked_for(traces: TraceSet):
 
     with pytest.raises(InterruptedError):
         measure([traces], {"where": Where()}, device="meta")
-    assert len(seen) == 5
+    assert len(seen) == 6  # keys, values, positions, now and two needs
     assert {device.type for device in seen} == {"meta"}
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvenv import commands, display
+from kvenv import commands, display, models
 from kvenv.errors import KvenvError
 from kvenv.evaluation.retention import BUDGETS, METRICS
-from kvenv.recording import models, recorder
+from kvenv.recording import recorder
 from kvenv.recording.workload import Sample
 
 

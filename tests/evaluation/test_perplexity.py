@@ -7,6 +7,7 @@ from transformers import DynamicCache
 
 from kvenv.errors import KvenvError
 from kvenv.evaluation import perplexity as module
+from kvenv.evaluation.calibrating import calibrate
 from kvenv.evaluation.cut import Cutter, forward
 from kvenv.evaluation.perplexity import Perplexity, losses
 from kvenv.evaluation.statistics import interval
@@ -86,6 +87,30 @@ def test_the_section_is_that_of_its_definitions(cutter, family: str) -> None:
     figures = section["agents"]["random"]["0.25"]
     assert figures["versus_full"]["low"] < figures["versus_full"]["high"]
     assert figures["versus_full"]["mean"] != pytest.approx(figures["versus_oracle"]["mean"])
+
+
+def test_allocations_are_rows_of_their_own(families, sets) -> None:
+    traces, scorer = sets("llama"), load_scorer("knorm")
+    ours = Cutter(
+        *(families("llama")[0], [traces], {"knorm": scorer}),
+        budgets=[0.5],
+        sinks=2,
+        recent=3,
+        allocations=["uniform", "adaptive"],
+        calibrations={"knorm": calibrate(scorer, [traces])},
+    )
+    task, costs = Perplexity(ours), []
+    for prompt in ours:
+        task.add(prompt)
+        n, future = prompt.info.n, prompt.future.unsqueeze(0)
+        caches = [prompt.cut(round(n / 2)), prompt.cut(prompt.counts(round(n / 2), "adaptive", 5))]
+        logits = [forward(ours.model, cache, future, n) for cache in caches]
+        costs.append([float(by_hand(one, future).mean()) for one in logits])
+    agents = task.result()["agents"]
+    assert list(agents) == ["knorm", "knorm (adaptive)"]
+    means = [agents[name]["0.5"]["mean"] for name in agents]
+    assert means == pytest.approx(np.exp(np.array(costs).mean(0)), rel=1e-5)
+    assert means[0] != pytest.approx(means[1], rel=1e-4)
 
 
 def test_the_whole_prompt_as_budget_costs_nothing(cutter) -> None:

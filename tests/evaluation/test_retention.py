@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kvenv import plugins
-from kvenv import utility as ut
+from kvenv import rules as ut
 from kvenv.errors import KvenvError
 from kvenv.evaluation.retention import (
     BUDGETS,
@@ -18,13 +18,13 @@ from kvenv.evaluation.retention import (
     layer_inputs,
     measure,
 )
-from kvenv.scorers.base import Pointwise
+from kvenv.learning.agent import Heuristic
 from kvenv.trace import TraceSet
 
 LENGTHS = ((40, 6), (24, 5), (33, 7))
 
 
-class Watching(Pointwise):
+class Watching(Heuristic):
     """Scores from a table by position, kept beside what it was called with."""
 
     needs = frozenset({"queries", "past_attention"})
@@ -33,13 +33,14 @@ class Watching(Pointwise):
         self.calls: list[tuple[int, dict[str, torch.Tensor]]] = []
 
     def score(self, layer: int, keys: torch.Tensor, *given: torch.Tensor, **needs: torch.Tensor):
-        values, positions = given
+        values, positions, now = given
+        assert now.tolist() == [keys.shape[2] - 1]
         everything = {"keys": keys, "values": values, "positions": positions, **needs}
         self.calls.append((layer, everything))
         return torch.sin(layer + 7.0 * positions + torch.arange(2).view(1, 2, 1))
 
 
-class Some(Pointwise):
+class Some(Heuristic):
     """Covers two heads; NaN for the others, as the contract says."""
 
     heads = frozenset({(1, 1), (3, 0)})
@@ -52,11 +53,15 @@ class Some(Pointwise):
 
 
 class Aged(Watching):
-    def age_term(self, layer: int, age: torch.Tensor) -> torch.Tensor:
-        return -age * layer * torch.tensor([0.01, 0.2]).view(1, -1, 1)
+    """Looks at the age of tokens, from now."""
+
+    def score(self, layer: int, keys: torch.Tensor, *given: torch.Tensor, **needs: torch.Tensor):
+        age = given[2].view(-1, 1, 1) - given[1]
+        fade = age * layer * torch.tensor([0.01, 0.2]).view(1, -1, 1)
+        return super().score(layer, keys, *given, **needs) - fade
 
 
-class Broken(Pointwise):
+class Broken(Heuristic):
     def score(self, layer: int, keys: torch.Tensor, *given: torch.Tensor, **needs: torch.Tensor):
         scores = torch.zeros(keys.shape[:3])
         if layer == 3 and keys.shape[2] == 24:
@@ -83,7 +88,10 @@ def expected(utility: np.ndarray, scores: np.ndarray) -> dict[str, float]:
 
     held, best = curve(scores) / mass.sum(), curve(mass) / mass.sum()
     chance = (n + 1) / (2 * n)
-    figures = {"reward": held.mean(), "closure": (held.mean() - chance) / (best.mean() - chance)}
+    figures = {
+        "reward": held.mean(),
+        "normalized_score": (held.mean() - chance) / (best.mean() - chance),
+    }
     for parts in (16, 8, 4, 2):
         figures[f"retention@1/{parts}"] = held[max(1, round(n / parts)) - 1]
     return figures
@@ -129,9 +137,9 @@ def test_the_oracle_is_perfect_and_chance_is_zero(random_traces: TraceSet):
     scorers = {name: plugins.load("agent", name)() for name in ("oracle", "random")}
     oracle, chance = measure([random_traces], scorers)
     for table in (oracle.full, oracle.sink_free):
-        np.testing.assert_allclose(table["closure"], 1, rtol=1e-9)
+        np.testing.assert_allclose(table["normalized_score"], 1, rtol=1e-9)
     for table in (chance.full, chance.sink_free):
-        assert abs(table["closure"].mean()) < 0.03
+        assert abs(table["normalized_score"].mean()) < 0.03
         assert table["retention@1/4"].mean() == pytest.approx(0.25, abs=0.03)
     for metric in METRICS:
         assert (chance.full[metric] <= oracle.full[metric]).all()
@@ -145,7 +153,7 @@ def test_sink_free_figures_leave_out_exactly_the_first_four(
         mass[..., :4] += 1e6
         return mass
 
-    class FirstTokens(Pointwise):
+    class FirstTokens(Heuristic):
         def score(self, layer: int, keys: torch.Tensor, values: torch.Tensor, *given: Any, **_):
             return keys[..., 0].float() + 100 * (given[0] < 4)
 
@@ -155,10 +163,10 @@ def test_sink_free_figures_leave_out_exactly_the_first_four(
 
     traces = tiny_traces(tmp_path / "sinks", utility=sinks_hold_most)
     first, without = measure([traces], {"first": FirstTokens(), "without": NotTheFourth()})
-    assert (first.full["closure"] > without.full["closure"] + 0.1).all()
+    assert (first.full["normalized_score"] > without.full["normalized_score"] + 0.1).all()
     for metric in METRICS:
         np.testing.assert_array_equal(first.sink_free[metric], without.sink_free[metric])
-    np.testing.assert_allclose(first.sink_free["closure"], 1, rtol=1e-9)
+    np.testing.assert_allclose(first.sink_free["normalized_score"], 1, rtol=1e-9)
 
 
 def test_all_agents_are_measured_on_the_heads_that_every_one_covers(traces: TraceSet):
@@ -221,31 +229,33 @@ def test_what_a_scorer_says_of_ages_counts_as_at_the_prompt_s_end(traces: TraceS
             assert aged.full["reward"][index, column] != ut.reward(utility, fresh)
 
 
-def test_closure_is_that_of_utility_to_the_bit(traces: TraceSet):
+def test_normalized_score_is_that_of_utility_to_the_bit(traces: TraceSet):
     agent = plugins.load("agent", "knorm")()
     (measured,) = measure([traces], {"knorm": agent})
     for index in range(len(traces)):
         parts = [layer_inputs(traces, index, at, frozenset({"utility"})) for at in (1, 3)]
         scores = torch.cat(
             [
-                agent.score(at, part["keys"], part["values"], part["positions"])[0]
+                agent.score(at, *(part[x] for x in ("keys", "values", "positions", "now")))[0]
                 for at, part in zip((1, 3), parts, strict=True)
             ]
         )
         utility = torch.cat([part["utility"][0] for part in parts])
         for table, drop in ((measured.full, 0), (measured.sink_free, 4)):
             given = utility[:, drop:], scores[:, drop:]
-            np.testing.assert_array_equal(table["closure"][index], ut.closure(*given))
+            np.testing.assert_array_equal(
+                table["normalized_score"][index], ut.normalized_score(*given)
+            )
             np.testing.assert_array_equal(table["reward"][index], ut.reward(*given))
 
 
-def test_where_nothing_can_be_won_closure_is_one(
+def test_where_nothing_can_be_won_normalized_score_is_one(
     tiny_traces: Callable[..., TraceSet], tmp_path: Path
 ):
     flat = tiny_traces(tmp_path / "flat", utility=lambda keys: np.ones(keys.shape[:3]))
     (measured,) = measure([flat], {"watching": Watching()})
     for table in (measured.full, measured.sink_free):
-        np.testing.assert_array_equal(table["closure"], 1)
+        np.testing.assert_array_equal(table["normalized_score"], 1)
 
 
 def test_heads_keep_the_recorded_order_and_their_own_figures(traces: TraceSet):

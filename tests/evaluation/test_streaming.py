@@ -10,16 +10,16 @@ import torch
 from kvenv.cache import EvictionCache
 from kvenv.errors import KvenvError
 from kvenv.evaluation.streaming import Streaming
+from kvenv.learning.agent import Heuristic
 from kvenv.scorers import load_scorer
-from kvenv.scorers.base import Pointwise
 
 LIMITS = {"sinks": 2, "recent": 3}
 
 
-class Half(Pointwise):
+class Half(Heuristic):
     heads = frozenset({(0, 0), (0, 1), (1, 1)})
 
-    def score(self, layer, keys, values, positions, **needs):
+    def score(self, layer, keys, values, positions, now, **needs):
         return positions.float()
 
 

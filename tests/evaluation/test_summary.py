@@ -27,12 +27,12 @@ def measurement(
     return Measurement(agent, kind, HEADS, DOCUMENTS, full, free, curves)
 
 
-def with_closure(
-    agent: str, closure: Any, kind: Kind = "heuristic", heads: Any = None
+def with_score(
+    agent: str, normalized_score: Any, kind: Kind = "heuristic", heads: Any = None
 ) -> Measurement:
-    """All metrics are this closure (E, H); every episode is a document of its own."""
-    table = dict.fromkeys(METRICS, np.asarray(closure, float))
-    episodes, count = table["closure"].shape
+    """All metrics are this normalized_score (E, H); every episode is a document of its own."""
+    table = dict.fromkeys(METRICS, np.asarray(normalized_score, float))
+    episodes, count = table["normalized_score"].shape
     heads = [(0, h) for h in range(count)] if heads is None else heads
     curve = np.zeros((episodes, count, len(BUDGETS)), np.float32)
     documents = [f"{i:03}" for i in range(episodes)]
@@ -58,7 +58,7 @@ def test_a_summary_holds_every_agents_figures_and_survives_json():
             for metric in METRICS:
                 expected = interval(table[metric].mean(1), DOCUMENTS)
                 assert figures[name][metric] == pytest.approx(expected, abs=1e-6)
-            heads = by_document(table["closure"], DOCUMENTS).mean(0)
+            heads = by_document(table["normalized_score"], DOCUMENTS).mean(0)
             np.testing.assert_allclose(figures["per_head"][name], heads, atol=1e-6)
             curve = figures["curve"][name]
             assert {len(line) for line in curve.values()} == {len(BUDGETS)}
@@ -96,9 +96,9 @@ def test_each_metric_is_compared_with_the_heuristic_that_is_best_at_it():
 
 
 def test_probability_of_improvement_counts_documents_and_heads_with_ties_as_half():
-    rival = with_closure("knorm", [[0.5, 0.5], [0.5, 0.5]])
-    weak = with_closure("random", [[0.0, 0.0], [0.0, 0.0]])
-    ours = with_closure("kvp", [[0.6, 0.5 + 1e-12], [0.4, 0.7]], "learned")
+    rival = with_score("knorm", [[0.5, 0.5], [0.5, 0.5]])
+    weak = with_score("random", [[0.0, 0.0], [0.0, 0.0]])
+    ours = with_score("kvp", [[0.6, 0.5 + 1e-12], [0.4, 0.7]], "learned")
     figures = summarise([rival, ours, weak])["comparison"]["kvp"]["full"]["improvement"]
     # Document means: one win and a tie, 0.75; one win and a loss, 0.5.
     assert figures == {"mean": 0.625, "low": 0.5, "high": 0.75}
@@ -106,9 +106,9 @@ def test_probability_of_improvement_counts_documents_and_heads_with_ties_as_half
 
 def test_heads_are_compared_with_the_best_heuristic_of_their_own():
     heads = [(0, 0), (0, 1), (7, 0), (7, 1), (9, 1)]
-    one = with_closure("one", [[0.9, 0.2, 0.5, 0.8, 0.3]] * 3, heads=heads)
-    two = with_closure("two", [[0.1, 0.8, 0.6, 0.2, 0.5]] * 3, heads=heads)
-    ours = with_closure("kvp", [[0.95, 0.75, 0.6, 0.5, 0.9]] * 3, "learned", heads)
+    one = with_score("one", [[0.9, 0.2, 0.5, 0.8, 0.3]] * 3, heads=heads)
+    two = with_score("two", [[0.1, 0.8, 0.6, 0.2, 0.5]] * 3, heads=heads)
+    ours = with_score("kvp", [[0.95, 0.75, 0.6, 0.5, 0.9]] * 3, "learned", heads)
     figures = summarise([one, ours, two])["comparison"]["kvp"]["sink_free"]["heads"]
     assert figures == {
         "wins": 2,
@@ -124,10 +124,10 @@ def test_without_a_heuristic_there_is_nothing_to_compare_with():
 
 
 def test_one_document_gives_figures_without_a_spread():
-    ours, rival = with_closure("kvp", [[0.5, 0.7]], "learned"), with_closure("knorm", [[0.4, 0.4]])
+    ours, rival = with_score("kvp", [[0.5, 0.7]], "learned"), with_score("knorm", [[0.4, 0.4]])
     figures = summarise([ours, rival])["comparison"]["kvp"]["full"]
-    assert figures["closure"].pop("baseline") == "knorm"
-    assert figures["closure"] == dict.fromkeys(("difference", "low", "high"), 0.2)
+    assert figures["normalized_score"].pop("baseline") == "knorm"
+    assert figures["normalized_score"] == dict.fromkeys(("difference", "low", "high"), 0.2)
     assert figures["improvement"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
 
 
@@ -136,12 +136,12 @@ def test_intervals_of_improvement_and_difference_cover_the_truth(monkeypatch: py
     monkeypatch.setattr(statistics, "RESAMPLES", 399)
     rng = np.random.default_rng(2)
     spread = (0.8, 0.6)
-    truth = {"improvement": stats.norm.cdf(0.5 / np.hypot(*spread)), "closure": 0.5}
+    truth = {"improvement": stats.norm.cdf(0.5 / np.hypot(*spread)), "normalized_score": 0.5}
     hits, runs = dict.fromkeys(truth, 0), 200
     for _ in range(runs):
         base = rng.normal(0, 4, (40, 1)) + rng.normal(size=(40, 6))
         gain = 0.5 + rng.normal(0, spread[0], (40, 1)) + rng.normal(0, spread[1], (40, 6))
-        ours, rival = with_closure("kvp", base + gain, "learned"), with_closure("knorm", base)
+        ours, rival = with_score("kvp", base + gain, "learned"), with_score("knorm", base)
         figures = summarise([ours, rival])["comparison"]["kvp"]["full"]
         for name, value in truth.items():
             hits[name] += figures[name]["low"] <= value <= figures[name]["high"]

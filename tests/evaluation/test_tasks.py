@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from kvenv import plugins
+from kvenv import models, plugins
 from kvenv.display import console
 from kvenv.errors import KvenvError
 from kvenv.evaluation.accuracy import Accuracy
@@ -14,7 +14,7 @@ from kvenv.evaluation.perplexity import Perplexity
 from kvenv.evaluation.show import print_tasks
 from kvenv.evaluation.streaming import Streaming
 from kvenv.evaluation.tasks import TASKS, evaluate_tasks
-from kvenv.recording import models, recorder
+from kvenv.recording import recorder
 from kvenv.scorers import load_scorer
 
 FACTS: list[dict[str, Any]] = [

@@ -9,19 +9,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from kvenv import plugins
-from kvenv import utility as ut
+from kvenv import models, plugins
+from kvenv import rules as ut
 from kvenv.errors import KvenvError
 from kvenv.evaluation import texts
 from kvenv.evaluation.retention import layer_inputs
 from kvenv.evaluation.texts import pieces, token_view
-from kvenv.recording import models, recorder
+from kvenv.recording import recorder
 from kvenv.recording.workload import Sample
 from kvenv.trace import TraceSet
 
@@ -119,7 +120,7 @@ def test_a_view_holds_every_tokens_rank_and_text(
         ranks = np.frombuffer(packed, "<u2").reshape(4, n)
         for row, (layer, head) in enumerate(recorded.heads):
             data = layer_inputs(recorded, 1, layer, frozenset({"utility"}))
-            inputs = data["keys"], data["values"], data["positions"]
+            inputs = data["keys"], data["values"], data["positions"], torch.tensor([n - 1])
             scores = scorer.score(layer, *inputs, utility=data["utility"])[0, head]
             best = ut.ranking(scores)
             assert ranks[row][best].tolist() == list(range(n))

@@ -110,12 +110,12 @@ def test_a_view_tells_which_slots_it_shows():
 
 def test_unknown_positions_stop_only_who_looks_at_them():
     keys = torch.randn(1, 2, 9, 4)
-    unknown = Unknown.like(keys)
+    unknown, now = Unknown.like(keys), torch.tensor([8])
     assert unknown.shape == (1, 2, 9)
     for name in ("knorm", "keydiff"):
         scorer = load_scorer(name)
-        known = scorer.score(0, keys, keys, torch.arange(9).expand(1, 2, 9))
-        assert torch.equal(scorer.score(0, keys, keys, unknown), known)
+        known = scorer.score(0, keys, keys, torch.arange(9).expand(1, 2, 9), now)
+        assert torch.equal(scorer.score(0, keys, keys, unknown, now), known)
     for name in ("streaming", "random", "lagkv"):
         with pytest.raises(KvenvError, match="true positions are needed"):
-            load_scorer(name).score(0, keys, keys, unknown)
+            load_scorer(name).score(0, keys, keys, unknown, now)

@@ -243,7 +243,7 @@ def test_queries_are_the_last_ones_as_the_model_turned_them(kvpress, ours, model
 
 @pytest.mark.slow
 def test_the_shipped_agent_cuts_the_real_model_as_an_eviction_cache_does(ours):
-    from kvenv.recording import models
+    from kvenv import models
 
     model, tokenizer = models.load("smollm2-135m")
     text = "".join(f"The code of room {i} is {i * 37 % 101}. " for i in range(60))

@@ -32,13 +32,13 @@ def train(
     """Trains by a clock on which a gradient takes a second and a measurement a hundred."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(fit, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    evaluate = fit.evaluate
+    evaluate = fit.held_out_figures
 
     def slowly(*args: Any) -> dict[str, float]:
         clock.now += 100
         return evaluate(*args)
 
-    monkeypatch.setattr(fit, "evaluate", slowly)
+    monkeypatch.setattr(fit, "held_out_figures", slowly)
 
     def make(crash: int | None = None, **run: Any) -> NetworkScorer:
         agent = quick_agent("kvp", steps=STEPS, hidden=[6])
@@ -64,7 +64,7 @@ def test_a_curve_has_the_held_out_figures_by_steps_and_by_seconds_of_training_al
     assert [(one["step"], one["seconds"]) for one in curve] == [(5, 5.0), (10, 10.0), (12, 12.0)]
     assert scorer.training["seconds"] == 12
     assert {name: curve[-1][name] for name in scorer.metrics} == scorer.metrics
-    assert len({one["closure"] for one in curve}) == 3
+    assert len({one["normalized_score"] for one in curve}) == 3
     scorer.save_pretrained(tmp_path / "bundle")
     assert NetworkScorer.from_pretrained(tmp_path / "bundle").training["curve"] == curve
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvenv import utility as ut
+from kvenv import rules as ut
 from kvenv.learning import objectives
 
 FLOOR = 0.01

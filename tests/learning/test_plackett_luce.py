@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvenv import utility as ut
+from kvenv import rules as ut
 from kvenv.errors import KvenvError
 from kvenv.learning import plackett_luce as pl
 

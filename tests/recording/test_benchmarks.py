@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from kvenv import plugins
+from kvenv import models, plugins
 from kvenv.errors import KvenvError
 from kvenv.evaluation import metrics
-from kvenv.recording import models, recorder
+from kvenv.recording import recorder
 from kvenv.recording.tokens import SPLITS
 from kvenv.recording.workload import Sample, Workload
 from kvenv.testing import check_workload

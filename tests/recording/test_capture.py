@@ -118,6 +118,7 @@ def test_capture_agrees_with_eager_attention(
             ("utility_sum", future.sum((1, 2))),
             ("utility_max", future.amax((1, 2))),
             ("past_sum", attention[:, :, :n, :n].sum((1, 2))),
+            ("past_window", attention[:, :, max(0, n - 32) : n, :n].sum((1, 2))),
         ):
             np.testing.assert_allclose(
                 getattr(kept, name)[layer], value.numpy(), rtol=1e-4, atol=1e-5, err_msg=name
@@ -185,9 +186,12 @@ def test_blockwise_attention_is_attention(data: st.DataObject) -> None:
     q = torch.randn(heads * group, length, d, generator=random)
     k, v = (torch.randn(heads, length, d, generator=random) for _ in range(2))
 
-    output, past, total, largest = blockwise_attention(q, k, v, n, scale, block)
+    output, found = blockwise_attention(q, k, v, n, scale, block)
+    past, window, total, largest = (
+        found[name] for name in ("past_sum", "past_window", "utility_sum", "utility_max")
+    )
 
-    for result in (output, past, total, largest):
+    for result in (output, *found.values()):
         assert torch.isfinite(result).all()
     # Each future query gives a weight of one, part of it to the future; each past one all of it.
     torch.testing.assert_close(past.sum(-1), torch.full((heads,), float(group * n)))
@@ -201,10 +205,11 @@ def test_blockwise_attention_is_attention(data: st.DataObject) -> None:
     expected = (
         (p @ v[:, None].double()).view(heads * group, length, d).transpose(0, 1),
         p[:, :, :n, :n].sum((1, 2)),
+        p[:, :, max(0, n - 32) : n, :n].sum((1, 2)),
         p[:, :, n:, :n].sum((1, 2)),
         p[:, :, n:, :n].amax((1, 2)),
     )
-    for got, want in zip((output, past, total, largest), expected, strict=True):
+    for got, want in zip((output, past, window, total, largest), expected, strict=True):
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
 
 
@@ -220,7 +225,8 @@ def test_fused_and_blockwise_paths_agree(heads: int, group: int, d: int, n: int,
     right = blockwise_attention(*(part.float() for part in (q, k, v)), n, 0.3)
     got = flash_columns(q, k, v, n, 0.3)
     loose = 1e-4 if dtype == torch.float32 else 2e-3
-    for one, other in zip(got, right, strict=True):
+    assert got[1].keys() == right[1].keys()
+    for one, other in zip((got[0], *got[1].values()), (right[0], *right[1].values()), strict=True):
         assert one.shape == other.shape
         torch.testing.assert_close(one.float(), other, rtol=loose, atol=loose)
 
@@ -238,7 +244,7 @@ def test_capture_in_the_background_and_by_kernels_keeps_the_same(
     kept, same = capture(model, tokens, 60, stats=True)
     torch.testing.assert_close(same.cpu(), logits, rtol=1e-3, atol=1e-3)
     for name in (
-        *("keys", "values", "queries", "utility_sum", "utility_max", "past_sum"),
+        *("keys", "values", "queries", "utility_sum", "utility_max", "past_sum", "past_window"),
         *("query_mean", "query_cov"),
     ):
         ours, theirs = kept.stack(name), right.stack(name)
@@ -270,7 +276,15 @@ def test_capture_on_a_gpu_agrees_with_the_cpu(dtype: torch.dtype) -> None:
     model, tokens = LlamaForCausalLM(config).to(dtype).eval(), some_tokens(700)
     right, _ = capture(model.float(), tokens, 600)
     kept, _ = capture(model.to(DEVICE, dtype), tokens, 600)
-    for name in ("keys", "values", "queries", "utility_sum", "utility_max", "past_sum"):
+    for name in (
+        "keys",
+        "values",
+        "queries",
+        "utility_sum",
+        "utility_max",
+        "past_sum",
+        "past_window",
+    ):
         np.testing.assert_allclose(
             *(part.stack(name).astype(np.float32) for part in (kept, right)),
             rtol=0.05,

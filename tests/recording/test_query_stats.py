@@ -24,7 +24,7 @@ from transformers import (
 
 from kvenv.errors import KvenvError
 from kvenv.recording.capture import capture
-from kvenv.recording.query_stats import FUTURE, SINKS
+from kvenv.scorers.query_stats import FUTURE, SINKS
 
 N, T, D = 40, 9, 8
 SIZES: dict[str, Any] = {
@@ -121,7 +121,7 @@ def test_statistics_are_those_of_the_definition(family: str) -> None:
 
 def test_one_query_is_found_again_where_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     """With FUTURE = 1 the mean of the last prompt query alone turns on by one position."""
-    import kvenv.recording.query_stats as query_stats
+    import kvenv.scorers.query_stats as query_stats
 
     monkeypatch.setattr(query_stats, "SINKS", N - 1)
     monkeypatch.setattr(query_stats, "FUTURE", 1)

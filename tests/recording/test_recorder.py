@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 
+from kvenv import models
 from kvenv.errors import KvenvError
-from kvenv.recording import models, recorder
+from kvenv.recording import recorder
 from kvenv.recording.capture import capture
 from kvenv.recording.workload import Sample
 from kvenv.trace import TraceSet
@@ -161,7 +162,8 @@ def test_generated_futures(pair, tmp_path, how) -> None:
 def test_sampling_depends_on_the_seed(pair) -> None:
     prompt = torch.arange(9)[None]
     drawn = [
-        models.generate(*pair, prompt, 12, sample=True, seed=seed).tolist() for seed in (0, 0, 1)
+        models.continue_text(*pair, prompt, 12, sample=True, seed=seed).tolist()
+        for seed in (0, 0, 1)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
 
@@ -242,6 +244,40 @@ def test_other_arguments_do_not_resume(pair, tmp_path, changes, named) -> None:
     with pytest.raises(KvenvError, match=f"holds another trace set .*{named}"):
         record(pair, tmp_path / "set", **changes)
     assert contents(tmp_path / "set") == before
+
+
+def test_another_rotation_does_not_resume(pair, tmp_path) -> None:
+    model, tokenizer = models.load(pair[0].config._name_or_path)
+    traces = record((model, tokenizer), tmp_path / "set")
+    rotation = traces.manifest.model.rotation(0)
+    assert rotation.width == 8
+    assert record((model, tokenizer), tmp_path / "set").manifest == traces.manifest
+    model.model.rotary_emb.inv_freq.mul_(0.5)
+    with pytest.raises(KvenvError, match=r"holds another trace set .*model.rotations"):
+        record((model, tokenizer), tmp_path / "set")
+
+
+def test_a_rotation_that_cannot_be_stated_is_recorded_with_the_reason(pair, tmp_path) -> None:
+    model, tokenizer = models.load(pair[0].config._name_or_path)
+    rotary = model.model.rotary_emb
+    right = rotary.forward
+    rotary.forward = lambda x, position_ids: right(x, position_ids**2)
+    traces = record((model, tokenizer), tmp_path / "set")
+    with pytest.raises(KvenvError, match=r"layer 0 of .* no frame of now \(llama rotates in a way"):
+        traces.manifest.model.rotation(0)
+
+
+def test_recorded_keys_turn_with_the_text(pair, tmp_path) -> None:
+    """Keys of the same text, recorded later in a longer one, differ by the stated rotation."""
+    traces = record(pair, tmp_path / "set")
+    rotation = traces.manifest.model.rotation(0)
+    ids = torch.tensor([*traces.tokens(0)[:6]] * 2)  # layer 0: keys depend on the token alone
+    kept, _ = capture(pair[0], ids, 9)
+    keys = torch.from_numpy(kept.keys[0])
+    turned = rotation.turn(keys[:, :6], torch.tensor(6))
+    torch.testing.assert_close(turned, keys[:, 6:].float(), atol=1e-2, rtol=1e-2)
+    recorded = torch.from_numpy(traces.read(0, "keys", 0))[:, :6]
+    torch.testing.assert_close(rotation.turn(recorded, torch.tensor(6)), turned, atol=0, rtol=0)
 
 
 def test_another_model_does_not_resume(pair, tmp_path, checkpoints) -> None:

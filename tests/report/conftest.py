@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvenv import models
 from kvenv.evaluation import statistics
 from kvenv.evaluation.retention import measure
 from kvenv.evaluation.tasks import TASKS, evaluate_tasks
 from kvenv.evaluation.texts import token_view
-from kvenv.recording import models, recorder
+from kvenv.recording import recorder
 from kvenv.recording.workload import Sample
 from kvenv.report import render
 from kvenv.scorers import load_scorer
@@ -81,7 +82,7 @@ def evaluation(measured: Result) -> Result:
 
 @pytest.fixture
 def published() -> Result:
-    """The version-1 record of docs/results."""
+    """An evaluation's record of version 1."""
     return json.loads((Path(__file__).parent / "version1.json").read_text(encoding="utf-8"))
 
 

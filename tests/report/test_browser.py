@@ -28,19 +28,23 @@ def test_tabs_show_one_result_and_follow_the_arrow_keys(page, evaluation, publis
 def test_columns_sort_both_ways_and_say_so(page, evaluation) -> None:
     browser = page(evaluation)
     table = "#result-1-metrics [data-view=full] table"
-    closure = f"{table} thead th:nth-child(3)"
+    normalized_score = f"{table} thead th:nth-child(3)"
 
     def order() -> tuple[list[str], str | None]:
-        return browser.texts(f"{table} tbody th"), browser.at(closure).get_attribute("aria-sort")
+        return browser.texts(f"{table} tbody th"), browser.at(normalized_score).get_attribute(
+            "aria-sort"
+        )
 
-    closures = {name: a["full"]["closure"]["mean"] for name, a in evaluation["agents"].items()}
-    down = sorted(closures, key=lambda name: -closures[name])
-    browser.at(f"{closure} button").click()
+    normalized_scores = {
+        name: a["full"]["normalized_score"]["mean"] for name, a in evaluation["agents"].items()
+    }
+    down = sorted(normalized_scores, key=lambda name: -normalized_scores[name])
+    browser.at(f"{normalized_score} button").click()
     assert order() == (down, "descending")
-    browser.press("ENTER", on=f"{closure} button")
+    browser.press("ENTER", on=f"{normalized_score} button")
     assert order() == (down[::-1], "ascending")
     browser.press("SPACE", on=f"{table} thead th button")
-    assert order() == (sorted(closures), None)
+    assert order() == (sorted(normalized_scores), None)
 
 
 def test_the_full_cache_stays_on_top_of_a_sorted_table(page, evaluation) -> None:
@@ -59,9 +63,9 @@ def test_the_switch_changes_drawings_and_tables_alike(page, evaluation, view) ->
         browser.at(f".views input[value={one}]").click()
     agent = evaluation["agents"]["kvp"]
     mean = agent["curve"][view]["mean"][evaluation["budgets"].index(1 / 8)]
-    closure = f"kvp {agent['per_head'][view][0]:.3f}".replace("-", "\N{MINUS SIGN}")
+    normalized_score = f"kvp {agent['per_head'][view][0]:.3f}".replace("-", "\N{MINUS SIGN}")
     assert browser.texts(".legend b")[0] == f"{mean:.3f}"
-    assert closure in browser.at(".heat .cell").get_attribute("aria-label")
+    assert normalized_score in browser.at(".heat .cell").get_attribute("aria-label")
     for other in ("full", "sink_free"):
         tables = browser.every(f"#result-1-metrics [data-view={other}]")
         assert [table.is_displayed() for table in tables] == [other == view]
@@ -117,16 +121,16 @@ def test_arrow_keys_move_the_budget_that_the_legend_tells(page, evaluation) -> N
 
 def test_the_heat_map_tells_each_head_by_mouse_and_keys(page, evaluation) -> None:
     browser = page(evaluation)
-    closures = {name: a["per_head"]["full"] for name, a in evaluation["agents"].items()}
+    normalized_scores = {name: a["per_head"]["full"] for name, a in evaluation["agents"].items()}
     browser.press("d", "TAB", on=".heat .shown")  # the difference to the best heuristic
     assert browser.focused("aria-label").startswith("layer 0, head 0, kvp")
     browser.press("ARROW_DOWN", "ARROW_RIGHT", "ARROW_RIGHT")
-    rival = max(("random", "knorm"), key=lambda name: closures[name][3])
+    rival = max(("random", "knorm"), key=lambda name: normalized_scores[name][3])
     words = [
         "layer 1, head 1",
-        f"kvp {closures['kvp'][3]:.3f}",
-        f"best heuristic {rival} {closures[rival][3]:.3f}",
-        f"difference {closures['kvp'][3] - closures[rival][3]:+.3f}",
+        f"kvp {normalized_scores['kvp'][3]:.3f}",
+        f"best heuristic {rival} {normalized_scores[rival][3]:.3f}",
+        f"difference {normalized_scores['kvp'][3] - normalized_scores[rival][3]:+.3f}",
     ]
     tip = browser.at(".tip")
     assert tip.is_displayed()

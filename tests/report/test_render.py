@@ -101,11 +101,15 @@ def test_every_section_of_a_real_evaluation_is_there(evaluation) -> None:
 
 def test_tables_hold_the_evaluation_s_figures_with_intervals(evaluation) -> None:
     page = Page(render([evaluation]))
-    closure = evaluation["agents"]["knorm"]["full"]["closure"]
-    metrics = page.rows.index(next(r for r in page.rows if r[:3] == ["agent", "reward", "closure"]))
+    normalized_score = evaluation["agents"]["knorm"]["full"]["normalized_score"]
+    metrics = page.rows.index(
+        next(r for r in page.rows if r[:3] == ["agent", "reward", "normalized score"])
+    )
     knorm = next(row for row in page.rows[metrics:] if row[0] == "knorm")
     minus = {ord("-"): "\N{MINUS SIGN}"}
-    mean, low, high = (f"{closure[key]:.3f}".translate(minus) for key in ("mean", "low", "high"))
+    mean, low, high = (
+        f"{normalized_score[key]:.3f}".translate(minus) for key in ("mean", "low", "high")
+    )
     assert knorm[2] in (f"{mean} {low}\N{EN DASH}{high}", f"{mean} {low} to {high}")
     curve = evaluation["agents"]["kvp"]["curve"]["full"]
     names = next(row for row in page.rows if row[0] == "budget")

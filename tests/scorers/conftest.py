@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from kvenv.errors import KvenvError
+from kvenv.rotation import Rotation
 from kvenv.scorers import NetworkScorer
 from kvenv.scorers.network import Architecture
 from kvenv.trace import ModelInfo
 
-INFO = ModelInfo("tiny/llama", "f00d", "llama", "t0k", 4, 2, 4, 8, (1, 3))
+TURNS = (Rotation((1.0, 0.3, 0.1, 0.02)), Rotation((1.0, 0.1), "pairs", 4))
+INFO = ModelInfo("tiny/llama", "f00d", "llama", "t0k", 4, 2, 4, 8, (1, 3), rotations=TURNS)
 ALL = ((1, 0), (1, 1), (3, 0), (3, 1))
 
 
@@ -33,10 +35,8 @@ class Maker:
         network = shape.build(heads, model.head_dim, noise)
         network.mean.normal_(generator=noise)
         network.std.uniform_(0.5, 2, generator=noise)
-        if network.age is not None:
-            network.age.data.normal_(generator=noise)
         return NetworkScorer(
-            network, shape, model, {"agent": "kvp", "seed": seed}, {"closure": 0.5}
+            network, shape, model, {"agent": "kvp", "seed": seed}, {"normalized_score": 0.5}
         )
 
 
@@ -47,12 +47,13 @@ def make() -> Maker:
 
 @pytest.fixture(scope="session")
 def tokens() -> Callable[..., tuple[torch.Tensor, ...]]:
-    """Keys, values and positions, always the same."""
+    """Keys, values, positions and now, always the same."""
 
     def tokens(batch: int = 2, heads: int = 2, n: int = 9, d: int = 8) -> tuple[torch.Tensor, ...]:
         noise = torch.Generator().manual_seed(7)
         keys, values = (torch.randn(batch, heads, n, d, generator=noise) for _ in range(2))
-        return keys, values, torch.arange(n).expand(batch, heads, n)
+        now = n - 1 + torch.arange(batch)
+        return keys, values, torch.arange(n).expand(batch, heads, n), now
 
     return tokens
 

@@ -20,9 +20,8 @@ from kvenv.scorers import NetworkScorer, storage
     "architecture",
     [
         {},
-        {"features": ("value", "position"), "hidden": ()},
-        {"features": ("key", "fill"), "budget": 4, "activation": "tanh"},
-        {"features": ("key_norm", "value_norm", "mean_key"), "age": True},
+        {"inputs": ("value",), "hidden": ()},
+        {"inputs": ("value", "key"), "activation": "tanh"},
     ],
 )
 def test_a_round_trip_changes_no_bit(
@@ -41,21 +40,18 @@ def test_a_round_trip_changes_no_bit(
     for layer in (1, 3):
         ours, theirs = (one.score(layer, *tokens()) for one in (scorer, back))
         assert torch.equal(ours.view(torch.int32), theirs.view(torch.int32))
-    assert (back.pointwise, back.age_term is None) == (scorer.pointwise, scorer.age_term is None)
 
 
 def test_a_bundle_is_safetensors_and_json_alone(make, saved: Path):
     assert {path.name for path in saved.iterdir()} == {"config.json", "model.safetensors"}
     config = json.loads((saved / "config.json").read_text())
-    assert (config["format"], config["version"]) == ("kvenv-scorer", 1)
+    assert (config["format"], config["version"]) == ("kvenv-scorer", 3)
     assert config["model"]["id"] == "tiny/llama"
     assert config["heads"] == [list(head) for head in make.heads]
     assert config["architecture"] == {
-        "features": ["key", "value"],
+        "inputs": ["key", "value"],
         "hidden": [6, 5],
         "activation": "gelu",
-        "budget": None,
-        "age": False,
     }
     assert config["training"] == {"agent": "kvp", "seed": 0}
     assert saved.stat().st_mode & 0o777 == 0o755

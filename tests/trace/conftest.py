@@ -67,6 +67,7 @@ def episode(
         utility_sum=attention(),
         utility_max=attention(),
         past_sum=attention(),
+        past_window=attention(),
         n=n,
         T=T,
         document=f"dok-{index // 2}-ü",

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -103,20 +102,6 @@ def test_statistics_round_trip(tiny, tmp_path_factory, model, data):
             assert dataset.fletcher32
 
 
-def test_a_set_from_before_there_were_statistics_has_none(tiny, undisturbed, tmp_path):
-    copy = Path(shutil.copytree(undisturbed, tmp_path / "set"))
-    path = copy / "manifest.json"
-    plain = json.loads(path.read_bytes())
-    assert plain.pop("stats") is False
-    path.write_text(json.dumps(plain))
-    traces = TraceSet(copy)
-    assert not traces.manifest.stats
-    with pytest.raises(KvenvError, match=r"has no stats/query_mean: record it again with --stats"):
-        traces.read(0, "stats/query_mean")
-    with TraceWriter(copy, tiny.manifest()) as writer:  # and can be gone on with
-        assert writer.done == 5
-
-
 def test_a_head_is_a_chunk_with_a_checksum(tiny, undisturbed):
     with h5py.File(undisturbed / "shard-00000.h5") as file:
         group = file["episode_000001"]
@@ -132,7 +117,7 @@ def test_a_head_is_a_chunk_with_a_checksum(tiny, undisturbed):
 
 def test_manifest_on_disk(tiny, undisturbed):
     plain = json.loads((undisturbed / "manifest.json").read_bytes())
-    assert (plain["format"], plain["version"], plain["dtype"]) == ("kvenv-traces", 1, "float16")
+    assert (plain["format"], plain["version"], plain["dtype"]) == ("kvenv-traces", 2, "float16")
     assert plain["model"]["layers"] == [1, 4]
     for shard, episodes in zip(plain["shards"], (2, 2, 1), strict=True):
         data = (undisturbed / shard["file"]).read_bytes()

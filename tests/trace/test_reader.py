@@ -65,7 +65,8 @@ def test_a_shard_that_vanishes_later(copy):
     ("changes", "words"),
     [
         ({"format": "minari"}, "has format 'minari', not 'kvenv-traces'"),
-        ({"version": 2}, "has format version 2, this kvenv reads 1: upgrade"),
+        ({"version": 1}, "has format version 1, this kvenv reads 2: record the set again"),
+        ({"version": 3}, "has format version 3, this kvenv reads 2: upgrade kvenv"),
         ({"episodes": "many"}, "is damaged .episodes is 'many'"),
         ({"dtype": "bfloat16"}, "is damaged .dtype"),
         ({"model": None}, "is damaged"),

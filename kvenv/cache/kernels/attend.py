@@ -13,7 +13,6 @@ Two launches. `_attend` gives each program one share of a head's slots (flash-de
 
 import functools
 import math
-import os
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ import triton.language as tl
 from torch import Tensor, library
 
 from kvenv.cache.kernels.attend_reference import attend_reference as attend_reference
+from kvenv.cache.kernels.layout import INTERPRETED, check
 from kvenv.errors import KvenvError
 
 HEAD_SIZES = (64, 80, 96, 128, 256)
@@ -46,7 +46,6 @@ LEAST_BLOCKS = 1  # per program
 MOST_SPLITS = 128  # shares that one program of `_combine` holds in its registers
 PART = 64  # elements of the head size per program of `_combine`
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 INTERPRETED_MULTIPROCESSORS = 4  # pretended, so that the interpreter meets several splits
 
 LOG2_E = math.log2(math.e)
@@ -58,7 +57,7 @@ def _attend(
     query: tl.tensor,  # (B, Hq, D)
     keys: tl.tensor,  # (B, T, D)
     values: tl.tensor,  # (B, T, D)
-    offsets: tl.tensor,  # (H+1,)
+    starts: tl.tensor,  # (B, H)
     lengths: tl.tensor,  # (B, H)
     out: tl.tensor,  # (B, Hq, splits, D): float32 scratch, or the output where splits = 1
     sums: tl.tensor,  # (B, Hq, splits): log2 of the sum of exp2; not written where splits = 1
@@ -80,7 +79,7 @@ def _attend(
     begin = split * share
     if (split == 0) | (begin < length):  # a head without slots writes zeros by its first program
         end = tl.minimum(begin + share, length)
-        first = (program // heads).to(tl.int64) * slots + tl.load(offsets + program % heads)
+        first = (program // heads).to(tl.int64) * slots + tl.load(starts + program)
         key = keys + first * D
         value = values + first * D
         g = tl.arange(0, ROWS)
@@ -155,12 +154,12 @@ def cost(
     """Bytes that a call of `attend` has to move and FLOPs that it has to do.
 
     ``slots_per_row`` are the used slots of a row, all its heads together, and ``itemsize`` the
-    bytes of an element. Keys and values in use, queries, outputs, offsets and lengths count once;
+    bytes of an element. Keys and values in use, queries, outputs, starts and lengths count once;
     each query head multiplies and adds each element of its keys and values once.
     """
     elements = batch * slots_per_row * head_dim
     tokens = 2 * (elements + batch * query_heads * head_dim) * itemsize
-    return tokens + 4 * (batch * heads + heads + 1), 4 * elements * (query_heads // heads)
+    return tokens + 8 * batch * heads, 4 * elements * (query_heads // heads)
 
 
 def splits_for(programs: int, largest: int, multiprocessors: int, block: int = 128) -> int:
@@ -177,7 +176,7 @@ def launch(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    offsets: Tensor,
+    starts: Tensor,
     lengths: Tensor,
     scale: float,
     largest: int,
@@ -198,7 +197,7 @@ def launch(
     G, width = query_heads // heads, 1 << (D - 1).bit_length()
     tiles = TILES[width * keys.element_size()]
     block = block or tiles.block
-    full = math.ceil(rows * slots / largest)  # heads of the largest size would hold as much
+    full = min(rows * heads, math.ceil(rows * slots / largest))  # as many of the largest size fit
     splits = splits or splits_for(full, largest, _multiprocessors(query.device), block)
     share = block * math.ceil(math.ceil(largest / block) / splits)
     splits = math.ceil(largest / share)
@@ -213,7 +212,7 @@ def launch(
     combine: Any = _combine[(rows * query_heads, math.ceil(D / PART))]
     with torch.cuda.device_of(query):
         attend(
-            *(query.contiguous(), keys, values, offsets, lengths, partial, sums),
+            *(query.contiguous(), keys, values, starts, lengths, partial, sums),
             *(scale * LOG2_E, slots, heads, splits, share, G, D),
             *(max(16, 1 << (G - 1).bit_length()), width, block, splits > 1),
             num_warps=warps or tiles.warps,
@@ -238,24 +237,24 @@ def attend(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    offsets: Tensor,
+    starts: Tensor,
     lengths: Tensor,
     scale: float,
     largest: int,
 ) -> Tensor:
     """Attention of one query per row and query head over the slots in use.
 
-    The slots of KV head h are [offsets[h], offsets[h+1]); the first lengths[b, h] of them are in
-    use, and the content of the others does not matter. Nothing waits for the device.
+    Of row b, KV head h uses the lengths[b, h] slots from starts[b, h] on. Heads may lie anywhere
+    and in any order; the content of the other slots does not matter. Nothing waits for the device.
 
     Args:
         query: (B, Hq, D); the Hq/H query heads of a KV head are adjacent.
         keys: (B, T, D), contiguous, in query's dtype.
         values: (B, T, D), contiguous, in query's dtype.
-        offsets: (H+1,) int32, contiguous: sums of the capacities before each head.
+        starts: (B, H) int32, contiguous: the first slot of each head.
         lengths: (B, H) int32, contiguous: slots in use.
         scale: what scores are multiplied by, usually D**-0.5.
-        largest: the largest capacity.
+        largest: no length is above it.
 
     Returns:
         (B, Hq, D) in query's dtype, accumulated in float32; zeros where no slot is in use.
@@ -263,20 +262,6 @@ def attend(
     Raises:
         KvenvError: shapes, dtypes, devices or layouts that do not fit, with what would.
     """
-    _check(query, keys, values, offsets, lengths, largest)
-    return launch(query, keys, values, offsets, lengths, scale, largest)
-
-
-@attend.register_fake
-def _(query: Tensor, *others: Any) -> Tensor:
-    return query.new_empty(query.shape)
-
-
-def _check(
-    query: Tensor, keys: Tensor, values: Tensor, offsets: Tensor, lengths: Tensor, largest: int
-) -> None:
-    if not (query.is_cuda or INTERPRETED):
-        raise KvenvError(f"attend runs on CUDA, not on {query.device}: use backend='torch' there")
     rows, query_heads, D = query.shape
     if not serves(D, query.dtype):
         raise KvenvError(
@@ -286,15 +271,16 @@ def _check(
     heads, slots = lengths.shape[-1], keys.shape[1]
     if query_heads % heads:
         raise KvenvError(f"{query_heads} query heads do not divide among {heads} KV heads")
-    if not 1 <= largest <= slots:
-        raise KvenvError(f"largest is {largest}: give the largest capacity, from 1 to {slots}")
-    for name, tensor, shape, dtype in (
-        ("keys", keys, (rows, slots, D), query.dtype),
-        ("values", values, (rows, slots, D), query.dtype),
-        ("offsets", offsets, (heads + 1,), torch.int32),
-        ("lengths", lengths, (rows, heads), torch.int32),
-    ):
-        has = (tuple(tensor.shape), tensor.dtype, tensor.device, tensor.is_contiguous())
-        needs = (shape, dtype, query.device, True)
-        if has != needs:
-            raise KvenvError(f"{name}: (shape, dtype, device, contiguous) {has} must be {needs}")
+    expected = {
+        "keys": (keys, (rows, slots, D), query.dtype),
+        "values": (values, (rows, slots, D), query.dtype),
+        "starts": (starts, (rows, heads), torch.int32),
+        "lengths": (lengths, (rows, heads), torch.int32),
+    }
+    check("attend", expected, largest, slots)
+    return launch(query, keys, values, starts, lengths, scale, largest)
+
+
+@attend.register_fake
+def _(query: Tensor, *others: Any) -> Tensor:
+    return query.new_empty(query.shape)

@@ -5,12 +5,14 @@ import math
 import torch
 from torch import Tensor
 
+from kvenv.cache.kernels.layout import indices
+
 
 def attend_reference(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    offsets: Tensor,
+    starts: Tensor,
     lengths: Tensor,
     scale: float,
     largest: int,
@@ -23,14 +25,14 @@ def attend_reference(
     """
     rows, query_heads, D = query.shape
     heads = lengths.shape[1]
-    slot = torch.arange(largest, device=keys.device)
-    unused = slot >= lengths.unsqueeze(-1)  # (B, H, largest)
-    index = (offsets[:-1, None] + slot).clamp(max=keys.shape[1] - 1)
-    k = keys[:, index]
-    v = values[:, index].masked_fill(unused.unsqueeze(-1), 0)
+    index, used = indices(starts, lengths, largest, keys.shape[1])
+    row = torch.arange(rows, device=keys.device).view(-1, 1, 1)
+    k = keys[row, index]
+    v = values[row, index].masked_fill(~used.unsqueeze(-1), 0)
     q = query.reshape(rows, heads, query_heads // heads, D)
     wide = torch.promote_types(query.dtype, torch.float32)
+    unused = ~used.unsqueeze(-2)
     scores = (q @ k.mT).to(wide) * scale
-    weights = scores.masked_fill(unused.unsqueeze(-2), -math.inf).softmax(-1)
-    weights = weights.masked_fill(unused.unsqueeze(-2), 0)  # of no slots in use: not a number
+    weights = scores.masked_fill(unused, -math.inf).softmax(-1)
+    weights = weights.masked_fill(unused, 0)  # of no slots in use: not a number
     return (weights.to(query.dtype) @ v).reshape(rows, query_heads, v.shape[-1])

@@ -1,78 +1,76 @@
-"""The per-head networks as the kernels read them: one layer's weights, packed; one token's score.
+"""The per-head networks as the kernels read them: one layer's weights, packed.
 
-score = w_out . act(w2 act(w1 (x - mean) / std + b1) + b2) + b_out, with one or two hidden layers.
+score = w_out . act(w2 act(w1 x + b1) + b2) + b_out, where x are a token's key in the frame of now
+and its value; one or two hidden layers. The means and deviations of x are folded into w1 and b1.
+
+A rotation of the keys is a rotation of the weights: R(-now) k . w = k . R(now) w. Each plane turns
+by the angle a = now * frequency, so R(now) w = cos(a) w + sin(a) q, where q is w with every plane
+turned by 90 degrees.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from kvenv.errors import KvenvError
+from kvenv.rotation import Rotation
 from kvenv.scorers.network import ACTIVATIONS, Architecture, PerHeadMLP
 
 WIDEST = 256
 """Hidden widths and head sizes up to this; wider ones would not fit a multiprocessor's memory."""
-SCALARS = ("position", "fill", "key_norm", "value_norm")
-"""Features of one number, in the order of their weights; feature i is bit i of `Packed.scalars`."""
 
 
 @dataclass(frozen=True)
 class Packed:
     """The networks of one layer's H heads on a device; hidden widths W padded with zeros.
 
-    Zeros change nothing: every activation maps 0 to 0. The large weights are float16 where that
-    is exact, as in bundles stored so, else float32; all the rest is float32.
+    Zeros change nothing: every activation maps 0 to 0. All are float32 but `speed`.
 
     Attributes:
-        w_key: of the feature key (H, D, W1), or None.
-        w_value: of the feature value (H, D, W1), or None.
-        w_scalar: of the features `SCALARS` (H, 4, W1), zeros for those not used.
+        w_key: first-layer weights of the framed key (H, D, W1), or None.
+        w_turned: `w_key` with every plane turned by 90 degrees, or None.
+        speed: (D,) float64 radians a token of each channel's plane; 0 where none is rotated.
+        w_value: first-layer weights of the value (H, D, W1), or None.
         b1: (H, W1).
-        w2: (H, W2, W1), outputs first: a token's product then needs no exchange between warps;
-            None with one hidden layer.
+        w2: (H, W2, W1), outputs first; None with one hidden layer.
         b2: (H, W2) or None.
         w_out: (H, W2), or (H, W1) with one hidden layer.
         b_out: (H,).
-        key_affine: mean and 1 / std of the keys' numbers (H, 2, D), or None.
-        value_affine: likewise of the values', or None.
-        scalar_affine: likewise of the `SCALARS` (H, 2, 4).
-        age: what is learned of ages (H, 17), see `kvenv.scorers.network.age_term`, or None.
         activation: what stands between the layers.
-        scalars: which of `SCALARS` are used, a bit each.
-        budget: of the feature fill, in tokens; 1 without it.
     """
 
-    w_key: torch.Tensor | None
-    w_value: torch.Tensor | None
-    w_scalar: torch.Tensor
-    b1: torch.Tensor
-    w2: torch.Tensor | None
-    b2: torch.Tensor | None
-    w_out: torch.Tensor
-    b_out: torch.Tensor
-    key_affine: torch.Tensor | None
-    value_affine: torch.Tensor | None
-    scalar_affine: torch.Tensor
-    age: torch.Tensor | None
+    w_key: Tensor | None
+    w_turned: Tensor | None
+    speed: Tensor
+    w_value: Tensor | None
+    b1: Tensor
+    w2: Tensor | None
+    b2: Tensor | None
+    w_out: Tensor
+    b_out: Tensor
     activation: str
-    scalars: int
-    budget: int
 
-    def tensors(self) -> list[torch.Tensor]:
-        """What a custom op takes: the eleven tensors up to `scalar_affine`, empty for None."""
-        every = (
-            *(self.w_key, self.w_value, self.w_scalar, self.b1, self.w2, self.b2),
-            *(self.w_out, self.b_out, self.key_affine, self.value_affine, self.scalar_affine),
-        )
-        return [self.b1.new_empty(0) if one is None else one for one in every]
+    def key_weights(self, now: Tensor, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        """Weights (B, H, D, W1) of keys as cached, for rows whose newest token is at ``now`` (B,).
+
+        None where the networks do not look at keys.
+        """
+        if self.w_key is None or self.w_turned is None:
+            return None
+        angle = now.to(torch.float64).view(-1, 1, 1, 1) * self.speed.view(-1, 1)
+        cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+        return torch.addcmul(cos * self.w_key.to(dtype), sin, self.w_turned.to(dtype))
 
     def bytes_per_head(self) -> int:
-        """What the weights of one head take."""
-        return sum(one.numel() * one.element_size() for one in self.tensors()) // len(self.b_out)
+        """What the weights of one head take, for one row."""
+        every = (self.w_key, self.w_value, self.b1, self.w2, self.b2, self.w_out, self.b_out)
+        return sum(x[0].numel() * x.element_size() for x in every if x is not None)
 
     def flops_per_token(self) -> int:
         """Multiplications and additions of one score; the activations are not counted."""
@@ -81,16 +79,21 @@ class Packed:
 
 
 def pack(
-    network: PerHeadMLP, architecture: Architecture, head_dim: int, device: torch.device | str
+    network: PerHeadMLP,
+    architecture: Architecture,
+    rotation: Rotation,
+    head_dim: int,
+    device: torch.device | str,
 ) -> Packed | None:
     """The networks of one layer for the kernels, or None where no kernel serves them.
 
-    That is: the feature mean_key, no or more than two hidden layers, hidden widths above 256,
-    head sizes above 256 or no multiple of 8.
+    That is: no or more than two hidden layers, hidden widths above 256, head sizes above 256 or
+    no multiple of 8.
 
     Args:
         network: of the layer's KV heads, all of them in order.
         architecture: what it was built from.
+        rotation: how the layer rotates its keys.
         head_dim: D.
         device: where the kernels run.
 
@@ -98,74 +101,64 @@ def pack(
         KvenvError: if the network is not of the architecture.
     """
     hidden = architecture.hidden
-    if not architecture.pointwise or len(hidden) not in (1, 2) or max(hidden) > WIDEST:
+    if len(hidden) not in (1, 2) or max(hidden) > WIDEST or head_dim > WIDEST or head_dim % 8:
         return None
-    if head_dim > WIDEST or head_dim % 8:
-        return None
-    weights = [one.detach().to(device, torch.float32) for one in network.weights]
-    biases = [one.detach().to(device, torch.float32) for one in network.biases]
-    inputs = architecture.inputs(head_dim)
-    if [w.shape[1] for w in weights] != [inputs, *hidden]:
+    weights = [one.detach().to(device, torch.float64) for one in network.weights]
+    biases = [one.detach().to(device, torch.float64).squeeze(1) for one in network.biases]
+    widths, expected = [w.shape[1] for w in weights], [architecture.width(head_dim), *hidden]
+    if widths != expected:
         raise KvenvError(
-            f"networks of widths {[w.shape[1] for w in weights]} are not of the architecture's "
-            f"{[inputs, *hidden]}: pass the one that they were built from"
+            f"networks of widths {widths} are not of the architecture's {expected}: pass the one "
+            "that they were built from"
         )
-    sizes = [head_dim if name in ("key", "value") else 1 for name in architecture.features]
+    mean, std = network.mean.to(device, torch.float64), network.std.to(device, torch.float64)
+    first = weights[0] / std.mT
     padded = [max(16, triton.next_power_of_2(width)) for width in hidden]
-    first = dict(
-        zip(architecture.features, _pad(weights[0], padded[0]).split(sizes, dim=1), strict=True)
-    )
-    mean, std = network.mean.detach().to(device), network.std.detach().to(device)
-    affine = torch.cat([mean, 1 / std], dim=1).float()
-    moments = dict(zip(architecture.features, affine.split(sizes, dim=2), strict=True))
-    heads = len(network.heads)
-    no_rows, no_moment = affine.new_zeros(heads, 1, padded[0]), affine.new_zeros(heads, 2, 1)
+    parts = dict(zip(architecture.inputs, first.split(head_dim, dim=1), strict=True))
+    parts = {name: _pad(part, padded[0]) for name, part in parts.items()}
+    key, turned = parts.get("key"), None
+    if key is not None:
+        quarter = replace(rotation, frequencies=(math.pi / 2,) * len(rotation.frequencies))
+        turned = quarter.turn(key.mT, torch.ones((), device=device)).mT.contiguous()
     second = len(hidden) == 2
-    last = _pad(weights[-1].squeeze(-1), padded[-1])
     return Packed(
-        w_key=_smallest(first.get("key")),
-        w_value=_smallest(first.get("value")),
-        w_scalar=torch.cat([first.get(name, no_rows) for name in SCALARS], dim=1).contiguous(),
-        b1=_pad(biases[0].squeeze(1), padded[0]).contiguous(),
-        w2=_smallest(_pad(_pad(weights[1], padded[1]).mT, padded[0])) if second else None,
-        b2=_pad(biases[1].squeeze(1), padded[1]).contiguous() if second else None,
-        w_out=last.contiguous(),
-        b_out=biases[-1].flatten().contiguous(),
-        key_affine=_dense(moments.get("key")),
-        value_affine=_dense(moments.get("value")),
-        scalar_affine=torch.cat([moments.get(name, no_moment) for name in SCALARS], 2).contiguous(),
-        age=None if network.age is None else network.age.detach().to(device).float().contiguous(),
+        w_key=key,
+        w_turned=turned,
+        speed=_speed(rotation, head_dim).to(device),
+        w_value=parts.get("value"),
+        b1=_pad(biases[0] - (mean @ first).squeeze(1), padded[0]),
+        w2=_pad(_pad(weights[1], padded[1]).mT, padded[0]) if second else None,
+        b2=_pad(biases[1], padded[1]) if second else None,
+        w_out=_pad(weights[-1].squeeze(-1), padded[-1]),
+        b_out=biases[-1].squeeze(-1).float().contiguous(),
         activation=architecture.activation,
-        scalars=sum(1 << i for i, name in enumerate(SCALARS) if name in architecture.features),
-        budget=architecture.budget or 1,
     )
 
 
-def _pad(tensor: torch.Tensor, width: int) -> torch.Tensor:
-    return torch.nn.functional.pad(tensor, (0, width - tensor.shape[-1]))
+def _pad(tensor: Tensor, width: int) -> Tensor:
+    padded = torch.nn.functional.pad(tensor, (0, width - tensor.shape[-1]))
+    return padded.float().contiguous()
 
 
-def _dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+def _speed(rotation: Rotation, head_dim: int) -> Tensor:
+    """Radians a token of each channel's plane, (head_dim,) float64."""
+    planes = torch.tensor(rotation.frequencies, dtype=torch.float64)
+    halves = rotation.layout == "halves"
+    channels = planes.repeat(2) if halves else planes.repeat_interleave(2)
+    speed = torch.zeros(head_dim, dtype=torch.float64)
+    speed[rotation.offset : rotation.offset + len(channels)] = channels
+    return speed
 
 
-def _smallest(weights: torch.Tensor | None) -> torch.Tensor | None:
-    if weights is None:
-        return None
-    half = weights.half()
-    exact = bool((half.float() == weights).all())
-    return (half if exact else weights).contiguous()
-
-
-def hidden_and_output(packed: Packed, x: torch.Tensor) -> torch.Tensor:
-    """Scores (B, H, n) of first-layer sums (B, H, n, W1), in their type; plain torch."""
+def hidden_and_output(packed: Packed, x: Tensor) -> Tensor:
+    """Scores (B, H, n) of first-layer sums without bias (B, H, n, W1), in their type."""
     act = ACTIVATIONS[packed.activation]
     x = act(x + packed.b1.to(x.dtype).unsqueeze(1))
     if packed.w2 is not None and packed.b2 is not None:
         x = act(x @ packed.w2.mT.to(x.dtype) + packed.b2.to(x.dtype).unsqueeze(1))
-    return (x * packed.w_out.to(x.dtype).unsqueeze(1)).sum(-1) + packed.b_out.to(x.dtype).view(
-        -1, 1
-    )
+    return (x @ packed.w_out.to(x.dtype).unsqueeze(-1)).squeeze(-1) + packed.b_out.to(
+        x.dtype
+    ).unsqueeze(-1)
 
 
 @triton.jit
@@ -184,57 +177,3 @@ def activate(x: tl.tensor, ACT: tl.constexpr) -> tl.tensor:
     else:
         tl.static_assert(ACT == "silu")
         return x / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def scalar_input(x: tl.tensor, affine: tl.tensor, WHICH: tl.constexpr) -> tl.tensor:
-    """A one-number feature, standardised with the head's `Packed.scalar_affine` (2, 4)."""
-    return (x - tl.load(affine + WHICH)) * tl.load(affine + 4 + WHICH)
-
-
-@triton.jit
-def position_input(position: tl.tensor) -> tl.tensor:
-    """The feature position."""
-    return tl.log2(1.0 + position.to(tl.float32)) * 0.0625
-
-
-@triton.jit
-def fill_input(position: tl.tensor, BUDGET: tl.constexpr) -> tl.tensor:
-    """The feature fill."""
-    return tl.minimum(position, BUDGET).to(tl.float32) / BUDGET
-
-
-@triton.jit
-def norm_input(squares: tl.tensor) -> tl.tensor:
-    """The features key_norm and value_norm of sums of squares."""
-    return 0.5 * tl.log2(tl.where(squares < 1e-12, 1e-12, squares))  # NaN stays NaN
-
-
-@triton.jit
-def token_products(
-    total: tl.tensor, x: tl.tensor, weights: tl.tensor, affine: tl.tensor, D: tl.constexpr,
-    W1: tl.constexpr, ROWS: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """Add one token's first-layer products to ``total`` (ROWS, W1), to be summed over the rows.
-
-    Args:
-        total: what was added so far.
-        x: pointer to the token's D numbers.
-        weights: pointer to the head's (D, W1).
-        affine: pointer to the head's (2, D).
-        D: head size.
-        W1: hidden width.
-        ROWS: inputs at a time.
-    """
-    columns = tl.arange(0, W1)
-    for start in tl.static_range(0, D, ROWS):
-        rows = start + tl.arange(0, ROWS)
-        inside = rows < D
-        mean = tl.load(affine + rows, mask=inside, other=0.0)
-        scale = tl.load(affine + D + rows, mask=inside, other=0.0)
-        given = (tl.load(x + rows, mask=inside, other=0.0).to(tl.float32) - mean) * scale
-        w = tl.load(
-            weights + rows[:, None] * W1 + columns[None, :], mask=inside[:, None], other=0.0
-        )
-        total += given[:, None] * w.to(tl.float32)
-    return total

@@ -14,8 +14,8 @@ from kvenv.identity import full_attention_layers
 from kvenv.integrations.followed import ATTRIBUTE, Slots, part_of, remember
 from kvenv.integrations.kvpress.package import kvpress
 from kvenv.integrations.kvpress.step import SERVED, Step, look, masked_slots
+from kvenv.rules import ranking
 from kvenv.scorers import NetworkScorer, Scorer, load_scorer
-from kvenv.utility import ranking
 
 FLOAT32 = torch.finfo(torch.float32)
 
@@ -218,14 +218,13 @@ class KvenvPress(kvpress.ScorerPress):
     def _ask(self, scorer: Scorer, step: Step) -> Tensor:
         layer = step.module.layer_idx
         needs = step.needs(scorer.needs, self.queries)
-        scores = scorer.score(layer, step.keys, step.values, step.positions, **needs)
+        scores = scorer.score(layer, step.keys, step.values, step.positions, step.now, **needs)
         if scores.shape != step.keys.shape[:3]:
             raise KvenvError(
                 f"{type(scorer).__name__}.score gave shape {tuple(scores.shape)} in layer {layer}: "
                 f"it must be (batch, KV heads, tokens) = {tuple(step.keys.shape[:3])}"
             )
-        scores = scores.to(step.keys.device, torch.float32)
-        return scores if scorer.age_term is None else scores + scorer.age_term(layer, step.age)
+        return scores.to(step.keys.device, torch.float32)
 
 
 def _scorer(given: Scorer | str | Path) -> Scorer:
@@ -236,8 +235,8 @@ def _scorer(given: Scorer | str | Path) -> Scorer:
         given = NetworkScorer.from_pretrained(name) if hub else load_scorer(given)
     if not isinstance(given, Scorer):
         raise KvenvError(
-            f"{given!r} is not a scorer: give an agent's scorer (needs, pointwise, age_term, "
-            "heads and score), or its name"
+            f"{given!r} is not a scorer: give an agent's scorer (needs, heads and "
+            "score), or its name"
         )
     if unknown := given.needs - SERVED:
         raise KvenvError(

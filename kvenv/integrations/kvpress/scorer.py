@@ -15,9 +15,7 @@ from kvenv.scorers.attention import window_attention
 from kvenv.scorers.base import Head
 
 
-def scorer_from_press(
-    press: Any, *, needs: Iterable[str] | None = None, pointwise: bool = False
-) -> PressScorer:
+def scorer_from_press(press: Any, *, needs: Iterable[str] | None = None) -> PressScorer:
     """Any press that scores, as a kvenv scorer: for an `EvictionCache`, evaluation or training.
 
     Presses of keys and values alone work as they are: Knorm, KeyDiff, LagKV, CUR, Random.
@@ -30,8 +28,6 @@ def scorer_from_press(
         press: an instance; its compression_ratio is not otherwise used.
         needs: what the ``attentions`` of a press of your own are made from, {"queries"} or
             {"past_attention"}; None: as said above.
-        pointwise: True if a token's score depends on its own key and value alone (Knorm), which
-            makes streaming eviction cheap.
 
     Raises:
         KvenvError: if it is no ScorerPress, or ``needs`` are others.
@@ -48,7 +44,7 @@ def scorer_from_press(
             f"needs is {sorted(needs)}: attentions are made from queries or from past_attention"
         )
     window = 1 if isinstance(press, kvpress.TOVAPress) else getattr(press, "window_size", 1)
-    return PressScorer(press, needs, window, pointwise)
+    return PressScorer(press, needs, window)
 
 
 class PressScorer:
@@ -59,34 +55,32 @@ class PressScorer:
         needs: what its ``attentions`` are made from: nothing (they are None), ``queries`` (those
             of the last queries) or ``past_attention`` (one row, the sum over all queries).
         window: queries that it asks for.
-        pointwise: whether a token's score depends on that token alone.
     """
 
-    age_term = None
     heads: frozenset[Head] | None = None
 
-    def __init__(self, press: Any, needs: frozenset[str], window: int, pointwise: bool) -> None:
-        self.needs, self.pointwise = needs, pointwise
-        self._press, self._window = press, window
+    def __init__(self, press: Any, needs: frozenset[str], window: int) -> None:
+        self.needs, self._press, self._window = needs, press, window
 
     def __repr__(self) -> str:
         return f"PressScorer({self._press!r})"
 
     @torch.no_grad()
     def score(
-        self, layer: int, keys: Tensor, values: Tensor, positions: Tensor, **needs: Tensor
+        self,
+        layer: int,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        now: Tensor,
+        **needs: Tensor,
     ) -> Tensor:
         """(B, H, n) float32; see `kvenv.scorers.base.Scorer.score`.
-
-        The press is shown the tokens in the order of the text, which it takes slots to be in.
 
         Raises:
             KvenvError: if the press refuses these tokens, or reads what no scorer is given.
         """
-        order = positions.argsort(dim=-1)
-        wide = order.unsqueeze(-1)
-        keys, values = (x.float().take_along_dim(wide, dim=2) for x in (keys, values))
-        positions = positions.gather(-1, order)
+        keys, values = keys.float(), values.float()
         attentions, groups = None, 1
         if "queries" in self.needs:
             queries = needs["queries"]
@@ -99,7 +93,7 @@ class PressScorer:
             groups = attentions.shape[2]
             attentions = attentions.flatten(1, 2)
         elif "past_attention" in self.needs:
-            attentions = needs["past_attention"].float().gather(-1, order).unsqueeze(2)
+            attentions = needs["past_attention"].float().unsqueeze(2)
         try:
             scores = self._press.score(
                 module=_module(layer, keys, groups if self.needs else None),
@@ -113,7 +107,7 @@ class PressScorer:
             raise KvenvError(
                 f"{self._press!r} refuses {keys.shape[2]} tokens: {error or 'it does not say why'}"
             ) from error
-        return torch.empty_like(scores, dtype=torch.float32).scatter_(-1, order, scores.float())
+        return scores.float()
 
 
 def _refuse(what: str) -> NoReturn:

@@ -14,8 +14,10 @@ from torch import Tensor
 from kvenv.errors import KvenvError
 from kvenv.integrations.followed import Slots, Unknown, follow, refuse_unknown
 from kvenv.integrations.kvpress.package import kvpress
+from kvenv.scorers.attention import recent_attention
+from kvenv.scorers.base import RECENT_QUERIES
 
-SERVED = frozenset({"queries", "past_attention", "query_mean", "query_cov"})
+SERVED = frozenset({"queries", "past_attention", "recent_attention", "query_mean", "query_cov"})
 """What of `kvenv.scorers.base.NEEDS` a press can give."""
 
 
@@ -43,6 +45,11 @@ class Step:
         return Unknown.like(self.keys) if known is None else self.own(known)
 
     @property
+    def now(self) -> Tensor:
+        """The position of each row's newest token, (B,) int64."""
+        return torch.full((len(self.keys),), self.slots.seen - 1, device=self.keys.device)
+
+    @property
     def age(self) -> Tensor:
         """How long ago each token came, in tokens, (B, H, n) int64."""
         return self.slots.seen - 1 - self.positions
@@ -54,6 +61,9 @@ class Step:
             served["queries"] = self._queries(most)
         if "past_attention" in names:
             served["past_attention"] = self._past_attention()
+        if "recent_attention" in names:
+            queries = self._queries(RECENT_QUERIES)
+            served["recent_attention"] = recent_attention(queries, self.keys, self.positions)
         if "query_mean" in names or "query_cov" in names:
             mean, covariance = self._query_statistics()
             served |= {"query_mean": mean, "query_cov": covariance}

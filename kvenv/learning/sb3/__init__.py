@@ -1,4 +1,4 @@
-"""stable-baselines3 on kvenv's environments: adapter, policies, training and export.
+"""stable-baselines3 on kvenv's environments: adapter, policies, held-out episodes and export.
 
 ``MaskablePPO`` and its `SlotPolicy` are here as well and need sb3-contrib: they are imported when
 they are first asked for.
@@ -7,10 +7,8 @@ they are first asked for.
 from typing import TYPE_CHECKING, Any
 
 from kvenv.learning.sb3.callbacks import HeldOut, Progress
-from kvenv.learning.sb3.export import Standardise, export
-from kvenv.learning.sb3.policies import TokenPolicy, TokenSACPolicy
-from kvenv.learning.sb3.tokens import standardise
-from kvenv.learning.sb3.train import train
+from kvenv.learning.sb3.export import export
+from kvenv.learning.sb3.policies import TokenPolicy, standardise
 from kvenv.learning.sb3.vec_env import KvenvVecEnv, make_vec
 
 if TYPE_CHECKING:
@@ -22,13 +20,10 @@ __all__ = [
     "MaskablePPO",
     "Progress",
     "SlotPolicy",
-    "Standardise",
     "TokenPolicy",
-    "TokenSACPolicy",
     "export",
     "make_vec",
     "standardise",
-    "train",
 ]
 
 

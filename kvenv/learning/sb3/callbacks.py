@@ -20,8 +20,8 @@ from kvenv.scorers.base import Head
 class HeldOut(BaseCallback):
     """Measures the deterministic policy on every held-out episode and head, each exactly once.
 
-    Logs ``held_out/reward``, the mean return of an episode, and what the environment's last info
-    tells: ``held_out/closure`` (Rank) or ``held_out/retention`` (Stream, Evict).
+    Logs ``held_out/reward``, the mean return of an episode, and of the environment's last info
+    ``held_out/normalized_score`` and ``held_out/retention``, where it tells them.
 
     Args:
         env: an environment of the held-out episodes.
@@ -32,7 +32,6 @@ class HeldOut(BaseCallback):
     Attributes:
         history: a dict for each measurement: ``steps``, ``seconds`` of training until then, and
             the figures.
-        before: seconds of training in runs that this one resumes.
     """
 
     def __init__(
@@ -51,7 +50,6 @@ class HeldOut(BaseCallback):
         self.env, self.every = env, every
         self.pairs = np.array([(int(e), layer, head) for e in which for layer, head in pairs])
         self.history: list[dict[str, float]] = []
-        self.before = 0.0
         self._clock = time.monotonic()
 
     @property
@@ -87,7 +85,7 @@ class HeldOut(BaseCallback):
         return results
 
     def _on_training_start(self) -> None:
-        self._clock = time.monotonic() - self.before
+        self._clock = time.monotonic()
 
     def _on_rollout_start(self) -> None:
         # Here, and not at a step, the weights are those of the timesteps counted.
@@ -113,8 +111,10 @@ class HeldOut(BaseCallback):
 
 
 def _figures(info: dict[str, Any]) -> dict[str, float]:
-    name = "closure" if "closure" in info else "retention"
-    return {"reward": info["episode"]["r"], name: info[name]}
+    told = {name: info.get(name) for name in ("retention", "normalized_score")}
+    # A ranking's retention has a number for every budget, and its mean is the reward.
+    single = {name: x for name, x in told.items() if x is not None and np.ndim(x) == 0}
+    return {"reward": info["episode"]["r"], **single}
 
 
 class Progress(BaseCallback):

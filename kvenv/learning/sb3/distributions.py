@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from stable_baselines3.common.distributions import Distribution
-from torch.nn.functional import softplus
 from typing_extensions import Self
 
 from kvenv.learning.plackett_luce import log_probabilities
@@ -110,19 +109,3 @@ class TokenGaussian(TokenDistribution):
     def mode(self) -> torch.Tensor:
         """The scores of valid tokens, (B, M)."""
         return torch.where(self.valid, self.scores, 0.0)
-
-
-class SquashedTokenGaussian(TokenGaussian):
-    """tanh of `TokenGaussian`, for SAC."""
-
-    def log_prob_from_params(self, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Actions (B, M) and their log-densities (B,), from the same draw."""
-        drawn = self.proba_distribution(*args).sample()
-        # log(1 - tanh(u)^2), which does not lose its digits where tanh saturates.
-        slope = 2 * (math.log(2) - drawn - softplus(-2 * drawn))
-        correction = torch.where(self.valid, slope, 0.0).sum(-1)
-        return drawn.tanh(), self.log_prob(drawn) - correction
-
-    def get_actions(self, deterministic: bool = False) -> torch.Tensor:
-        """(B, M), within [-1, 1]."""
-        return super().get_actions(deterministic).tanh()

@@ -1,62 +1,57 @@
-"""What the agents ppo, sac and maskable_ppo share: one model a head, all in one bundle."""
+"""What the agents ppo and maskable_ppo share: one model a head, all in one bundle."""
 
 from __future__ import annotations
 
 import json
 import math
+import random
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.logger import Logger
 
+from kvenv.display import progress_bar
 from kvenv.errors import KvenvError
-from kvenv.learning.episodes import Index, Reader, choose_heads, hold_out
-from kvenv.learning.fit import evaluate
+from kvenv.learning.fit import calibrate, held_out_figures
 from kvenv.learning.run import Run
-from kvenv.learning.sb3.callbacks import HeldOut
+from kvenv.learning.sb3.callbacks import HeldOut, Progress
 from kvenv.learning.sb3.export import export
-from kvenv.learning.sb3.tokens import standardise
-from kvenv.learning.sb3.train import train
+from kvenv.learning.sb3.policies import standardise
 from kvenv.learning.sb3.vec_env import KvenvVecEnv, make_vec
 from kvenv.scorers.base import Head
 from kvenv.scorers.bundle import NetworkScorer, is_bundle
-from kvenv.scorers.network import Feature
 from kvenv.trace import TraceSet, same_model
+from kvenv.trace.batches import Index, Reader, choose_heads, hold_out
 
 Scale = tuple[np.ndarray, np.ndarray]
 """Mean and standard deviation of a policy's inputs."""
-
-LEGS = 10
-"""Parts that training is cut into, with a checkpoint between them."""
 
 WIDE = 32
 """Held-out episodes played side by side."""
 
 
 @dataclass(frozen=True)
-class Task:
+class Setting:
     """Where a model learns, and for how long.
 
     Attributes:
         env_id: the environment.
         arguments: of the environment.
-        features: what of a token the policy sees.
         steps: timesteps for each head.
         num_envs: environments side by side.
-        seed: of everything random.
         held_out: arguments of the held-out environment where they differ.
     """
 
     env_id: str
     arguments: Mapping[str, Any]
-    features: Sequence[Feature]
     steps: int
     num_envs: int
-    seed: int
     held_out: Mapping[str, Any]
 
 
@@ -90,9 +85,9 @@ def check_ppo(agent: Any) -> None:
     check_options(agent, {**least, **cache}, positive=("lr", "clip"), shares=shares)
 
 
-def fit(
+def fit_heads(
     agent: str,
-    task: Task,
+    setting: Setting,
     make_model: Callable[[KvenvVecEnv, Scale], BaseAlgorithm],
     traces: Sequence[TraceSet],
     heads: Sequence[Head] | None,
@@ -101,10 +96,14 @@ def fit(
 ) -> NetworkScorer:
     """Train one model for each head, one after another.
 
+    A finished head's bundle stays in the checkpoint folder until the run is over: a run that is
+    resumed takes it from there and trains the others from their start. The caller's global
+    generators, which SB3 seeds and draws from, are left as they were.
+
     Args:
         agent: the agent's name, for the bundle.
-        task: environment, steps, seed.
-        make_model: makes the model for an environment.
+        setting: environment and steps.
+        make_model: makes the model for an environment, with its seed.
         traces: training sets, all of one model.
         heads: which heads; None means every recorded one.
         options: the agent's options, kept as provenance and checked on resuming.
@@ -112,6 +111,10 @@ def fit(
 
     Returns:
         The scorer, whose ``training["curves"]`` has the held-out figures of every head by steps.
+
+    Raises:
+        KvenvError: on sets of different models, heads not recorded, or finished heads of another
+            run.
     """
     run = run or Run()
     same_model([*traces, *run.validation])
@@ -125,12 +128,11 @@ def fit(
     identity = json.loads(json.dumps(identity))
     # A model's spaces are those of the longest prompt that it will see.
     lengths = [traces[w].info(i).n for w, i in episodes] + [held_sets[w].info(i).n for w, i in held]
-    widest = {"max_tokens": max(lengths)} if task.env_id == "kvenv/Rank-v0" else {}
+    widest = {"max_tokens": max(lengths)} if setting.env_id == "kvenv/Rank-v1" else {}
 
     def train_head(layer: int, head: int) -> NetworkScorer:
         name = f"{layer}-{head}"
-        folder = run.checkpoint / name if run.checkpoint is not None else None
-        done = run.checkpoint / f"{name}.done" if run.checkpoint is not None else None
+        done = run.checkpoint / name if run.checkpoint is not None else None
         if done is not None and is_bundle(done):
             scorer = NetworkScorer.from_pretrained(done)
             if not run.resume or scorer.training.get("run") != identity:
@@ -140,51 +142,63 @@ def fit(
                 )
             return scorer
         began = time.monotonic()
-        arguments = {**task.arguments, **widest, "layer": layer, "head": head}
-        budget = task.arguments.get("budget") if "fill" in task.features else None
-        scale = standardise(traces, [(layer, head)], task.features, budget, episodes)
+        arguments = {**setting.arguments, **widest, "layer": layer, "head": head}
+        scale = standardise(traces, [(layer, head)], episodes=episodes)
+        env = _make_env(setting.env_id, traces, episodes, setting.num_envs, arguments)
         watch = None
         if held:
-            plain = {**arguments, **task.held_out}
-            env = _make_env(task.env_id, held_sets, held, min(len(held), WIDE), plain)
-            watch = HeldOut(env, run.evaluate_every)
-        model = train(
-            lambda env: make_model(env, scale),
-            lambda: _make_env(task.env_id, traces, episodes, task.num_envs, arguments),
-            replace(
-                run,
-                checkpoint=folder,
-                validation=(),
-                tensorboard=run.tensorboard / name if run.tensorboard is not None else None,
-            ),
-            steps=task.steps,
-            seed=task.seed,
-            legs=min(LEGS, task.steps),
-            held_out=watch,
-            identity={**identity, "head": [layer, head]},
-        )
+            plain = {**arguments, **setting.held_out}
+            watched = _make_env(setting.env_id, held_sets, held, min(len(held), WIDE), plain)
+            watch = HeldOut(watched, run.evaluate_every)
+        logs = run.tensorboard / name if run.tensorboard is not None else None
+        logger = Run(tensorboard=logs).logger()
+        bar = progress_bar("steps", run.progress)
+        with _own_generators(), bar:
+            model = make_model(env, scale)
+            model.set_logger(logger or Logger(None, []))
+            watchers = [*([watch] if watch else []), Progress(bar, setting.steps, watch)]
+            model.learn(setting.steps, callback=watchers)
+            model.logger.close()
         scorer = export(model)
-        seconds = round(time.monotonic() - began, 1)
-        curve = watch.history if watch is not None else []
-        scorer.training = {"seconds": seconds, "curve": curve, "run": identity}
+        scorer.training = {
+            "seconds": round(time.monotonic() - began, 1),
+            "curve": watch.history if watch else [],
+            "run": identity,
+        }
         if done is not None:
             scorer.save_pretrained(done)
-        for env in (model.get_env(), watch and watch.env):
-            if env is not None:
-                env.close()
+        env.close()
+        if watch is not None:
+            watch.env.close()
         return scorer
 
     parts = [train_head(layer, head) for layer, head in chosen]
+    architecture, model = parts[0].architecture, parts[0].model
+    network = architecture.build(chosen, model.head_dim)
+    states = [part.network.state_dict() for part in parts]
+    network.load_state_dict({k: torch.cat([state[k] for state in states]) for k in states[0]})
+    curves = {
+        f"{layer}:{head}": part.training["curve"]
+        for part, (layer, head) in zip(parts, chosen, strict=True)
+    }
+    seen, which = (held_sets, held) if held else (traces, episodes)
+    reader = Reader(seen, chosen)
+    metrics = held_out_figures(network, architecture, reader.stream(held)) if held else {}
+    last = [curve[-1] for curve in curves.values() if curve]
+    if last and "retention" in last[0]:
+        metrics["retention"] = float(np.mean([one["retention"] for one in last]))
     training = {
         "agent": agent,
         "options": dict(options),
-        "seed": task.seed,
+        "seed": options["seed"],
         "episodes": len(episodes),
         "held_out_episodes": len(held),
         "traces": [t.manifest.origin for t in traces],
         "seconds": round(sum(part.training["seconds"] for part in parts), 1),
+        "curves": curves,
     }
-    return _joined(parts, training, held_sets, held)
+    calibration = calibrate(network, architecture, reader.stream(which))
+    return NetworkScorer(network, architecture, model, training, metrics, calibration=calibration)
 
 
 def _make_env(
@@ -201,24 +215,16 @@ def _make_env(
     return make_vec(env_id, num_envs, traces=paths, episodes=episodes, **arguments)
 
 
-def _joined(
-    parts: Sequence[NetworkScorer],
-    training: dict[str, Any],
-    held_sets: Sequence[TraceSet],
-    held: Sequence[Index],
-) -> NetworkScorer:
-    """The networks of single heads as one scorer, measured on what was held out."""
-    architecture, model = parts[0].architecture, parts[0].model
-    heads = [head for part in parts for head in part.network.heads]
-    network = architecture.build(heads, model.head_dim)
-    states = [part.network.state_dict() for part in parts]
-    network.load_state_dict({k: torch.cat([state[k] for state in states]) for k in states[0]})
-    curves = {
-        f"{layer}:{head}": part.training["curve"]
-        for part, (layer, head) in zip(parts, heads, strict=True)
-    }
-    metrics = evaluate(network, architecture, Reader(held_sets, heads).stream(held)) if held else {}
-    last = [curve[-1] for curve in curves.values() if curve]
-    if last and "retention" in last[0]:
-        metrics["retention"] = float(np.mean([one["retention"] for one in last]))
-    return NetworkScorer(network, architecture, model, {**training, "curves": curves}, metrics)
+@contextmanager
+def _own_generators() -> Iterator[None]:
+    """Give the global generators, which SB3 seeds and draws from, back as they were."""
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    cudnn = torch.backends.cudnn
+    flags = cudnn.deterministic, cudnn.benchmark
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)  # noqa: NPY002
+        cudnn.deterministic, cudnn.benchmark = flags

@@ -1,44 +1,149 @@
-"""Policies of PPO and SAC that rank a prompt with one small network for every token."""
+"""The token policy: one small network scores every row of an observation, in any environment."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from gymnasium import spaces
-from stable_baselines3.common.policies import ActorCriticPolicy, BaseModel, BasePolicy
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import Schedule
-from stable_baselines3.sac.policies import LOG_STD_MAX, LOG_STD_MIN, SACPolicy
 from torch import nn
 
 from kvenv.errors import KvenvError
-from kvenv.learning.sb3.distributions import PlackettLuce, SquashedTokenGaussian, TokenGaussian
-from kvenv.learning.sb3.tokens import (
-    Numbers,
-    TokenExtractor,
-    TokenView,
-    masked_mean,
-    mlp,
-    scorer_network,
-)
-from kvenv.scorers.network import Activation, Architecture, Feature, PerHeadMLP
+from kvenv.learning.sb3.distributions import PlackettLuce, TokenGaussian
+from kvenv.scorers.base import Head
+from kvenv.scorers.network import INPUTS, Activation, Architecture, Input, PerHeadMLP
+from kvenv.trace import TraceSet, same_model
+from kvenv.trace.batches import Index, Reader, choose_heads, deviation, moments
 
-LOG2_COLUMN = 1
-"""Where log2(1 + position) / 16 stands in Rank-v0 among the columns after key and value."""
+Numbers = Sequence[float] | np.ndarray | torch.Tensor
+
+BESIDES = 2
+"""Columns of an observation after key and value: log2(1 + age) / 16, and validity."""
+
+
+def standardise(
+    traces: Sequence[TraceSet],
+    heads: Sequence[Head] | None = None,
+    inputs: Sequence[Input] = INPUTS,
+    episodes: Sequence[Index] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of prompt tokens' inputs over episodes and heads, (F,) each.
+
+    Args:
+        traces: trace sets of one model.
+        heads: which heads; None means every recorded one.
+        inputs: what of a token the policy scores: key in the frame of now, value.
+        episodes: which ones, as (trace set, episode within it); None means all.
+    """
+    same_model(traces)
+    if episodes is None:
+        episodes = [(where, i) for where, one in enumerate(traces) for i in range(len(one))]
+    architecture = Architecture(tuple(inputs))
+    mean, square = moments(
+        architecture.read(one.framed(), one.values).flatten(0, 1)[None]
+        for one in Reader(traces, choose_heads(traces, heads)).stream(episodes)
+    )
+    return mean.flatten().float().numpy(), deviation(mean, square).flatten().float().numpy()
+
+
+def mlp(inputs: int, hidden: Sequence[int], outputs: int) -> nn.Module:
+    """A plain multi-layer perceptron."""
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in itertools.pairwise([inputs, *hidden]):
+        layers += [nn.Linear(fan_in, fan_out), nn.Tanh()]
+    return nn.Sequential(*layers, nn.Linear([inputs, *hidden][-1], outputs))
+
+
+class TokenNetwork(nn.Module):
+    """What SB3 calls the mlp_extractor: scores of M rows, and what the critic sees of them.
+
+    The scores depend on key and value alone, as an exported scorer's do. The critic sees the mean
+    over the tokens of standardised inputs and age, and log2 of their number. No parameter or
+    buffer depends on M.
+
+    Args:
+        observation_space: of M rows of key, value, age and validity, 2d + 2 columns.
+        tokens: M.
+        architecture: of the scoring network.
+        mean, std: of its inputs, (F,); None leaves them as they are.
+
+    Attributes:
+        scorer: the network that scores a token, of one head.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        tokens: int,
+        architecture: Architecture,
+        mean: Numbers | None,
+        std: Numbers | None,
+    ) -> None:
+        super().__init__()
+        size = int(np.prod(observation_space.shape or ()))
+        columns, rest = divmod(size, tokens)
+        d, odd = divmod(columns - BESIDES, 2)
+        if rest or odd or d < 1:
+            raise KvenvError(
+                f"an observation of {size} numbers is not {tokens} tokens of 2d + {BESIDES} "
+                "columns: use this policy on kvenv/Rank-v1, kvenv/Stream-v1 or kvenv/Evict-v1"
+            )
+        self.tokens, self.architecture = tokens, architecture
+        # SB3 seeds the global generator before it makes a policy.
+        self.scorer = architecture.build([(0, 0)], d, torch.default_generator)
+        for buffer, given in ((self.scorer.mean, mean), (self.scorer.std, std)):
+            if given is not None:
+                values = torch.as_tensor(given, dtype=torch.float32)
+                if values.shape != buffer.shape[-1:]:
+                    raise KvenvError(
+                        f"mean and std have shape {tuple(values.shape)}, not ({buffer.shape[-1]},):"
+                        f" give those of the inputs {', '.join(architecture.inputs)}"
+                    )
+                buffer.copy_(values)
+        self.latent_dim_vf = architecture.width(d) + 2
+
+    def forward(
+        self, observations: torch.Tensor
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """What `forward_actor` and `forward_critic` give."""
+        return self.forward_actor(observations), self.forward_critic(observations)
+
+    def forward_actor(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores (B, M), and which rows are tokens, (B, M) bool."""
+        x, _, valid = self._read(observations)
+        return self.scorer(x.reshape(1, -1, x.shape[-1])).view(valid.shape), valid
+
+    def forward_critic(self, observations: torch.Tensor) -> torch.Tensor:
+        """Means over the tokens, and log2 of their number, (B, F + 2)."""
+        x, age, valid = self._read(observations)
+        x = torch.cat([(x - self.scorer.mean) / self.scorer.std, age], -1)
+        count = valid.sum(-1, keepdim=True).clamp_min(1)
+        total = torch.where(valid.unsqueeze(-1), x, 0).sum(-2)
+        return torch.cat([total / count, torch.log2(count.float())], -1)
+
+    def _read(self, observations: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Inputs (B, M, F), ages (B, M, 1) and validity (B, M)."""
+        rows = observations.reshape(len(observations), self.tokens, -1)
+        keys, values = rows[..., :-BESIDES].chunk(2, -1)
+        return self.architecture.read(keys, values), rows[..., -2:-1], rows[..., -1] > 0
 
 
 class TokenPolicy(ActorCriticPolicy):
-    """PPO's or A2C's policy for kvenv/Rank-v0: a network scores each token on its own.
+    """PPO's or A2C's policy for kvenv/Rank-v1 and kvenv/Stream-v1.
 
-    ``PPO(TokenPolicy, env, policy_kwargs={...})``. No parameter depends on the number of tokens:
-    the state_dict of a model of 64 loads into one of 512. Padding rows count for nothing.
+    ``PPO(TokenPolicy, env, policy_kwargs={...})``. One network scores each row by its key in the
+    frame of now and its value. No parameter depends on the number of rows: the state_dict of a
+    model of 64 loads into one of 512. Rows without a token count for nothing.
 
     Args:
         observation_space, action_space, lr_schedule: given by SB3.
-        features: what of a token the network sees.
-        mean, std: of these features, (F,), by which inputs are standardised; see `standardise`.
+        inputs: what of a token the network sees.
+        mean, std: of these inputs, (F,), by which they are standardised; see `standardise`.
         hidden: widths of the scoring network's hidden layers.
         value_hidden: of the value function's, which sees the mean over the tokens.
         activation: the scoring network's.
@@ -53,10 +158,10 @@ class TokenPolicy(ActorCriticPolicy):
         observation_space: spaces.Space[Any],
         action_space: spaces.Space[Any],
         lr_schedule: Schedule,
-        features: Sequence[Feature] = ("key", "value"),
+        inputs: Sequence[Input] = INPUTS,
         mean: Numbers | None = None,
         std: Numbers | None = None,
-        hidden: Sequence[int] = (128, 128),
+        hidden: Sequence[int] = (64, 64),
         value_hidden: Sequence[int] = (64, 64),
         activation: Activation = "gelu",
         distribution: Literal["plackett_luce", "gaussian"] = "plackett_luce",
@@ -67,9 +172,15 @@ class TokenPolicy(ActorCriticPolicy):
             raise KvenvError(
                 f"unknown distribution {distribution!r}: choose 'plackett_luce' or 'gaussian'"
             )
-        _refuse_sde(kwargs)
+        if not isinstance(action_space, spaces.Box):
+            raise KvenvError(
+                f"TokenPolicy gives each token a score, and the action space is {action_space}: "
+                "use it on kvenv/Rank-v1 or kvenv/Stream-v1"
+            )
+        if kwargs.get("use_sde"):
+            raise KvenvError("use_sde=True needs an SB3 network: leave it out with TokenPolicy")
         self._own = {
-            "features": tuple(features),
+            "inputs": tuple(inputs),
             "mean": mean,
             "std": std,
             "hidden": tuple(hidden),
@@ -83,10 +194,14 @@ class TokenPolicy(ActorCriticPolicy):
 
     def _build(self, lr_schedule: Schedule) -> None:
         own = self._own
-        view = _rank_view(self, own)
-        self.mlp_extractor = TokenExtractor(view)
-        pooled = self.mlp_extractor.latent_dim_vf
-        self.value_net = mlp(pooled, own["value_hidden"], 1, nn.Tanh)
+        self.mlp_extractor = TokenNetwork(
+            self.observation_space,
+            int(np.prod(self.action_space.shape or ())),
+            Architecture(own["inputs"], own["hidden"], own["activation"]),
+            own["mean"],
+            own["std"],
+        )
+        self.value_net = mlp(self.mlp_extractor.latent_dim_vf, own["value_hidden"], 1)
         self.action_dist = PlackettLuce()
         if own["distribution"] == "gaussian":
             self.action_dist = TokenGaussian()
@@ -106,132 +221,4 @@ class TokenPolicy(ActorCriticPolicy):
 
     def scorer_network(self) -> tuple[PerHeadMLP, Architecture]:
         """The network that scores a token, one head, and what it is made of."""
-        return scorer_network(self.mlp_extractor.view)
-
-
-class TokenSACPolicy(SACPolicy):
-    """SAC's policy for kvenv/Rank-v0: a network scores each token on its own.
-
-    The actor draws tanh of Gaussians around the scores, of one learned width. A critic takes each
-    token's features and action through one network, averages over the tokens, and takes the
-    average through another (Deep Sets, Zaheer et al. 2017, arXiv 1703.06114). No parameter
-    depends on the number of tokens.
-
-    SAC's automatic target entropy counts all M actions, padding too: give ``target_entropy``.
-
-    Args:
-        observation_space, action_space, lr_schedule: given by SB3.
-        features, mean, std, hidden, activation: as for `TokenPolicy`.
-        critic_hidden: width of the critics' layers.
-        log_std_init: of the actor.
-        **kwargs: `SACPolicy`'s others.
-    """
-
-    def __init__(
-        self,
-        observation_space: spaces.Space[Any],
-        action_space: spaces.Box,
-        lr_schedule: Schedule,
-        features: Sequence[Feature] = ("key", "value"),
-        mean: Numbers | None = None,
-        std: Numbers | None = None,
-        hidden: Sequence[int] = (128, 128),
-        critic_hidden: int = 64,
-        activation: Activation = "gelu",
-        log_std_init: float = -1.0,
-        **kwargs: Any,
-    ) -> None:
-        _refuse_sde(kwargs)
-        self._own = {
-            "features": tuple(features),
-            "mean": mean,
-            "std": std,
-            "hidden": tuple(hidden),
-            "critic_hidden": critic_hidden,
-            "activation": activation,
-        }
-        super().__init__(
-            observation_space, action_space, lr_schedule, log_std_init=log_std_init, **kwargs
-        )
-
-    def make_actor(self, features_extractor: Any = None) -> Any:
-        """The actor, on this policy's device."""
-        return _Actor(self, _rank_view(self, self._own)).to(self.device)
-
-    def make_critic(self, features_extractor: Any = None) -> Any:
-        """The critics, on this policy's device."""
-        view = _rank_view(self, {**self._own, "hidden": ()})
-        return _Critics(self, view, self.critic_kwargs["n_critics"], self._own["critic_hidden"]).to(
-            self.device
-        )
-
-    def _get_constructor_parameters(self) -> dict[str, Any]:
-        return super()._get_constructor_parameters() | self._own
-
-    def scorer_network(self) -> tuple[PerHeadMLP, Architecture]:
-        """The network that scores a token before tanh, one head, and what it is made of."""
-        return scorer_network(self.actor.view)  # pyright: ignore[reportArgumentType]
-
-
-class _Actor(BasePolicy):
-    def __init__(self, policy: TokenSACPolicy, view: TokenView) -> None:
-        super().__init__(policy.observation_space, policy.action_space, squash_output=True)
-        self.view = view
-        start = float(policy.actor_kwargs["log_std_init"])
-        self.log_std = nn.Parameter(torch.tensor(start))
-        self.action_dist = SquashedTokenGaussian()
-
-    def _parameters_of(self, obs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        x, valid = self.view(obs.float())
-        return self.view.scores(x), valid, self.log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
-
-    def forward(self, obs: torch.Tensor, deterministic: bool = False) -> torch.Tensor:
-        parameters = self._parameters_of(obs)
-        return self.action_dist.actions_from_params(*parameters, deterministic=deterministic)
-
-    def action_log_prob(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.action_dist.log_prob_from_params(*self._parameters_of(obs))
-
-    def _predict(self, observation: Any, deterministic: bool = False) -> torch.Tensor:
-        return self(observation, deterministic)
-
-
-class _Critics(BaseModel):
-    def __init__(self, policy: TokenSACPolicy, view: TokenView, count: int, width: int) -> None:
-        super().__init__(policy.observation_space, policy.action_space)
-        self.view = view.requires_grad_(False)  # it reads and standardises, and scores nothing
-        inputs = view.scorer.mean.shape[-1] + 1
-        self.each = nn.ModuleList(mlp(inputs, [width], width, nn.ReLU) for _ in range(count))
-        self.whole = nn.ModuleList(mlp(width + 1, [width], 1, nn.ReLU) for _ in range(count))
-
-    def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        x, valid = self.view(obs.float())
-        x = torch.cat([self.view.standard(x), actions.unsqueeze(-1)], -1)
-        return tuple(
-            whole(masked_mean(torch.relu(each(x)), valid))
-            for each, whole in zip(self.each, self.whole, strict=True)
-        )
-
-
-def _rank_view(policy: BaseModel, own: dict[str, Any]) -> TokenView:
-    observation, action = policy.observation_space.shape, policy.action_space.shape
-    if not observation or not action:
-        raise KvenvError(
-            f"{type(policy).__name__} gives each token a score, and the action space is "
-            f"{policy.action_space}: use it on kvenv/Rank-v0"
-        )
-    return TokenView(
-        int(np.prod(observation)),
-        int(np.prod(action)),
-        own["features"],
-        LOG2_COLUMN,
-        own["mean"],
-        own["std"],
-        own["hidden"],
-        own["activation"],
-    )
-
-
-def _refuse_sde(kwargs: dict[str, Any]) -> None:
-    if kwargs.get("use_sde"):
-        raise KvenvError("use_sde=True needs an SB3 network: leave it out with a policy of kvenv's")
+        return self.mlp_extractor.scorer, self.mlp_extractor.architecture

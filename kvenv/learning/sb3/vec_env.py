@@ -20,7 +20,7 @@ def make_vec(env_id: str, num_envs: int, **kwargs: Any) -> KvenvVecEnv:
     """Make N environments for stable-baselines3.
 
     Args:
-        env_id: e.g. "kvenv/Rank-v0".
+        env_id: e.g. "kvenv/Rank-v1".
         num_envs: N.
         **kwargs: the environment's arguments.
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import library
 
 from kvenv.cache.kernels import attend as module
+from kvenv.cache.kernels import layout
 from kvenv.cache.kernels.attend import attend, attend_reference, cost, launch, serves, splits_for
 from kvenv.errors import KvenvError
 
@@ -17,28 +18,34 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 def slots(capacities, lengths, G, D, dtype=torch.float32, seed=None):
-    """Arguments of `attend` but the last; what is not in use is NaN."""
+    """Arguments of `attend` but the last; heads in any order, with gaps; what is unused is NaN."""
     draw = torch.Generator().manual_seed(torch.seed() if seed is None else seed)
     lengths = torch.tensor(lengths, dtype=torch.int32)
-    (rows, heads), T = lengths.shape, sum(capacities)
+    rows, heads = lengths.shape
+    T = sum(capacities) + 2 * heads
     query = torch.randn(rows, heads * G, D, generator=draw)
-    keys, values = torch.randn(2, rows, T, D, generator=draw)
-    offsets = torch.tensor([0, *capacities], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    drawn = torch.randn(2, rows, T, D, generator=draw)
+    keys, values = torch.full_like(drawn, torch.nan)
+    starts = torch.zeros(rows, heads, dtype=torch.int32)
     for row in range(rows):
-        for head in range(heads):
-            unused = slice(int(offsets[head] + lengths[row, head]), int(offsets[head + 1]))
-            keys[row, unused] = values[row, unused] = torch.nan
+        at = 0
+        for head in torch.randperm(heads, generator=draw).tolist():
+            at += int(torch.randint(3, (), generator=draw))
+            starts[row, head] = at
+            used = slice(at, at + int(lengths[row, head]))
+            keys[row, used], values[row, used] = drawn[:, row, used]
+            at += capacities[head]
     tensors = [one.to(DEVICE, dtype) for one in (query, keys, values)]
-    return (*tensors, offsets.to(DEVICE), lengths.to(DEVICE), 1.7 * D**-0.5)
+    return (*tensors, starts.to(DEVICE), lengths.to(DEVICE), 1.7 * D**-0.5)
 
 
-def exact(query, keys, values, offsets, lengths, scale):
+def exact(query, keys, values, starts, lengths, scale):
     """One softmax after another, in float64."""
     out = torch.zeros_like(query, dtype=torch.float64)
     G = query.shape[1] // lengths.shape[1]
     for row, uses in enumerate(lengths.tolist()):
         for head, used in enumerate(uses):
-            here = slice(int(offsets[head]), int(offsets[head]) + used)
+            here = slice(int(starts[row, head]), int(starts[row, head]) + used)
             group = slice(head * G, head * G + G)
             scores = query[row, group].double() @ keys[row, here].double().T * scale
             out[row, group] = scores.softmax(-1) @ values[row, here].double()
@@ -108,9 +115,10 @@ def test_rows_and_heads_without_slots_give_zeros(way, splits):
 
 
 def test_a_single_slot_gives_its_value():
-    query, keys, values, *rest = slots([1, 1], [[1, 1]] * 3, 3, 80, torch.float16)
-    out = attend(query, keys, values, *rest, 1)
-    assert torch.equal(out, values.repeat_interleave(3, 1))
+    query, keys, values, starts, *rest = slots([1, 1], [[1, 1]] * 3, 3, 80, torch.float16)
+    out = attend(query, keys, values, starts, *rest, 1)
+    row = torch.arange(3, device=DEVICE).unsqueeze(1)
+    assert torch.equal(out, values[row, starts].repeat_interleave(3, 1))
 
 
 @pytest.mark.parametrize("magnitude", [1e-3, 300.0])
@@ -122,10 +130,12 @@ def test_scores_far_from_zero_neither_overflow_nor_vanish(magnitude):
 
 
 def test_the_order_of_slots_does_not_matter():
-    query, keys, values, *rest = slots([90], [[90]], 4, 64)
-    shuffle = torch.randperm(90, device=DEVICE)
-    out = attend(query, keys, values, *rest, 90)
-    moved = attend(query, keys[:, shuffle], values[:, shuffle], *rest, 90)
+    query, keys, values, starts, *rest = slots([90], [[90]], 4, 64)
+    out = attend(query, keys, values, starts, *rest, 90)
+    order = torch.arange(keys.shape[1], device=DEVICE)
+    first = int(starts[0, 0])
+    order[first : first + 90] = first + torch.randperm(90, device=DEVICE)
+    moved = attend(query, keys[:, order], values[:, order], starts, *rest, 90)
     torch.testing.assert_close(moved, out, rtol=1e-5, atol=1e-5)
 
 
@@ -199,7 +209,8 @@ def test_splits_never_overfill_the_device_nor_starve_a_program(programs, largest
 def test_cost_counts_every_byte_and_product_once():
     inputs = slots([6, 3], [[6, 3]] * 2, 4, 64, torch.float16)
     out = attend(*inputs, 6)
-    moved = sum(one.numel() * one.element_size() for one in (*inputs[:5], out))
+    held = 2 * (2 * 9 * 64 * 2)  # keys and values in use
+    moved = held + sum(x.numel() * x.element_size() for x in (inputs[0], *inputs[3:5], out))
     scores = 2 * 4 * 9  # rows, query heads of a KV head, slots of a row
     assert cost(2, 8, 2, 9, 64, 2) == (moved, 2 * 2 * 64 * scores)
 
@@ -219,16 +230,16 @@ def test_it_serves_the_head_sizes_and_types_that_it_names():
         ({"query": lambda x: x.double()}, "not 64 in torch.float64"),
         ({"query": lambda x: x[:, :3]}, "3 query heads"),
         ({"keys": lambda x: x.half()}, "keys.*float16.*must be.*float32"),
-        ({"values": lambda x: x[:, :-1]}, r"values.*\(1, 22, 64\).*must be \(\(1, 23, 64\)"),
+        ({"values": lambda x: x[:, :-1]}, r"values.*\(1, 26, 64\).*must be \(\(1, 27, 64\)"),
         ({"keys": lambda x: x.mT.contiguous().mT}, "keys.*False.*must be.*True"),
-        ({"offsets": lambda x: x[1:]}, r"offsets.*\(2,\).*must be \(\(3,\)"),
+        ({"starts": lambda x: x[0]}, r"starts.*\(2,\).*must be \(\(1, 2\)"),
         ({"lengths": lambda x: x.long()}, "lengths.*int64.*must be.*int32"),
-        ({"largest": lambda x: 24}, "largest is 24"),
+        ({"largest": lambda x: 28}, "largest is 28"),
         ({"largest": lambda x: 0}, "largest is 0"),
     ],
 )
 def test_what_does_not_fit_is_named(change, message):
-    names = ["query", "keys", "values", "offsets", "lengths", "scale", "largest"]
+    names = ["query", "keys", "values", "starts", "lengths", "scale", "largest"]
     given = dict(zip(names, (*slots([20, 3], [[20, 2]], 2, 64), 20), strict=True))
     given |= {name: alter(given[name]) for name, alter in change.items()}
     with pytest.raises(KvenvError, match=message):
@@ -236,7 +247,7 @@ def test_what_does_not_fit_is_named(change, message):
 
 
 def test_without_the_interpreter_the_cpu_is_refused(monkeypatch):
-    monkeypatch.setattr(module, "INTERPRETED", False)
+    monkeypatch.setattr(layout, "INTERPRETED", False)
     inputs = [x.cpu() if isinstance(x, torch.Tensor) else x for x in slots([2], [[2]], 1, 64)]
     with pytest.raises(KvenvError, match="not on cpu: use backend='torch'"):
         attend(*inputs, 2)

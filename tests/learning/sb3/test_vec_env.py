@@ -13,11 +13,11 @@ from kvenv.trace import TraceSet
 
 @pytest.fixture
 def rank(traces: TraceSet) -> KvenvVecEnv:
-    return make_vec("kvenv/Rank-v0", 3, traces=str(traces.path))
+    return make_vec("kvenv/Rank-v1", 3, traces=str(traces.path))
 
 
 def stream(traces: TraceSet, num_envs: int = 3) -> KvenvVecEnv:
-    return make_vec("kvenv/Stream-v0", num_envs, traces=str(traces.path), budget=8)
+    return make_vec("kvenv/Stream-v1", num_envs, traces=str(traces.path), budget=8, interval=2)
 
 
 def test_a_rank_episode_ends_at_every_step_with_what_sb3_asks_for(
@@ -28,10 +28,10 @@ def test_a_rank_episode_ends_at_every_step_with_what_sb3_asks_for(
     begun = list(rank.reset_infos)
     actions = np.random.default_rng(0).uniform(-1, 1, (3, 40)).astype(np.float32)
     observations, rewards, done, infos = rank.step(actions)
-    assert observations.shape == (3, 40 * 19)
+    assert observations.shape == (3, 40 * 18)
     assert (rewards.dtype, done.dtype) == (np.float32, np.bool_)
     assert done.all()
-    single = gym.make("kvenv/Rank-v0", traces=str(traces.path))
+    single = gym.make("kvenv/Rank-v1", traces=str(traces.path))
     for i, info in enumerate(infos):
         where = {name: begun[i][name] for name in ("layer", "head")}
         where["episode"] = begun[i]["episode_index"]
@@ -44,24 +44,24 @@ def test_a_rank_episode_ends_at_every_step_with_what_sb3_asks_for(
         assert info["episode"]["l"] == 1
         assert info["TimeLimit.truncated"] is False
         assert info["episode_index"] == where["episode"]
-        assert info["closure"] == expected["closure"]
+        assert info["normalized_score"] == expected["normalized_score"]
         assert info["retention"].tolist() == expected["retention"].tolist()
         assert rank.reset_infos[i].keys() == begun[i].keys()
 
 
 def test_an_info_is_empty_until_the_episode_ends_and_its_return_is_the_sum(traces: TraceSet):
     env = stream(traces)
-    # Of 46, 29 and 40 tokens.
+    # Of 46, 29 and 40 tokens, of which 8 are there from the start.
     env.set_options([{"episode": e, "layer": 1, "head": 0} for e in range(3)])
     env.reset()
     total, ended = np.zeros(3), {}
-    for step in range(1, 47):
-        _, rewards, done, infos = env.step(np.zeros((3, 1), np.float32))
+    for step in range(1, 20):
+        _, rewards, done, infos = env.step(np.zeros((3, 8), np.float32))
         total += np.where([i in ended for i in range(3)], 0, rewards)
         assert [bool(info) for info in infos] == done.tolist()
         for i in np.flatnonzero(done):
             ended.setdefault(int(i), (step, infos[i]))
-    assert {i: step for i, (step, _) in ended.items()} == {0: 46, 1: 29, 2: 40}
+    assert {i: step for i, (step, _) in ended.items()} == {0: 19, 1: 11, 2: 16}
     for i, (step, info) in ended.items():
         assert info["episode"]["l"] == step
         assert info["episode"]["r"] == pytest.approx(total[i], abs=1e-4)
@@ -105,7 +105,7 @@ def test_options_reach_the_environments_once(rank: KvenvVecEnv):
 def test_masks_and_attributes_are_those_of_the_vector_environment(
     rank: KvenvVecEnv, traces: TraceSet
 ):
-    env = make_vec("kvenv/Evict-v0", 3, traces=str(traces.path), budget=8, sinks=2)
+    env = make_vec("kvenv/Evict-v1", 3, traces=str(traces.path), budget=8, sinks=2)
     env.reset()
     assert env.has_attr("action_masks")
     masks = np.stack(env.env_method("action_masks"))
@@ -124,7 +124,7 @@ def test_masks_and_attributes_are_those_of_the_vector_environment(
 
 def test_gymnasiums_own_vector_environment_works_as_well(traces: TraceSet):
     def make() -> gym.Env:
-        return gym.make("kvenv/Evict-v0", traces=str(traces.path), budget=8)
+        return gym.make("kvenv/Evict-v1", traces=str(traces.path), budget=8)
 
     env = KvenvVecEnv(SyncVectorEnv([make] * 2, autoreset_mode=AutoresetMode.SAME_STEP))
     env.seed(0)
@@ -140,18 +140,18 @@ def test_gymnasiums_own_vector_environment_works_as_well(traces: TraceSet):
 
 @pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED])
 def test_another_autoreset_mode_is_an_error_that_names_it(traces: TraceSet, mode: AutoresetMode):
-    env = gym.make_vec("kvenv/Rank-v0", 2, traces=str(traces.path), autoreset_mode=mode)
+    env = gym.make_vec("kvenv/Rank-v1", 2, traces=str(traces.path), autoreset_mode=mode)
     with pytest.raises(KvenvError, match=f"{mode.value}.*autoreset_mode='SameStep'"):
         KvenvVecEnv(env)
 
 
 def test_observations_that_are_overwritten_are_refused(traces: TraceSet):
     with pytest.raises(KvenvError, match="copy=False"):
-        make_vec("kvenv/Rank-v0", 2, traces=str(traces.path), copy=False)
+        make_vec("kvenv/Rank-v1", 2, traces=str(traces.path), copy=False)
 
 
 def test_it_renders_and_sb3_wrappers_wrap_it(traces: TraceSet):
-    env = make_vec("kvenv/Rank-v0", 2, traces=str(traces.path), render_mode="rgb_array")
+    env = make_vec("kvenv/Rank-v1", 2, traces=str(traces.path), render_mode="rgb_array")
     env.reset()
     env.step(np.zeros((2, 40)))
     picture = env.render()
