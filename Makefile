@@ -18,6 +18,9 @@ help:
 demo: .venv/.installed ## record, train, evaluate and generate with an embedded 135M-parameter model
 	.venv/bin/python examples/demo.py
 
+# One thread a worker: as many threads as cores in each of them would wait for one another.
+test quick test-oldest: export OMP_NUM_THREADS := 1
+
 test: lint ## lint, types and every test
 	.venv/bin/python -m pytest -n auto $(PYTEST_ARGS)
 
